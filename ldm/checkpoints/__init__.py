@@ -1,0 +1,1 @@
+"""Model files in and out: `safe` (validation, loading, atomic writing, manifests) and `folder` (diffusers' layout)."""

@@ -1,0 +1,96 @@
+"""The training objective of a denoiser."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm.diffusion.prediction import PREDICTIONS
+from ldm.diffusion.schedule import Array, NoiseSchedule
+from ldm.errors import UsageError, choose
+
+Network = Callable[[Tensor, Tensor], Tensor]
+"""(noisy x at unit variance [B, ...], t [B]) -> output [B, ...]"""
+
+
+def min_snr_weights(alphas_cumprod: Array, prediction: str, gamma: float) -> Array:
+    """min-SNR-gamma weights of the squared error of a network's output: Hang et al. 2023 (arXiv:2303.09556), eq. 8.
+
+    alphas_cumprod: float64 of any shape, in [0, 1]; -> the same shape. The paper weighs the squared error of x0 by
+    min(SNR, gamma); an output error is an x0 error over c_out = -beta / determinant, and SNR = alpha^2 / beta^2, so the
+    weight is min(alpha^2, gamma beta^2) / determinant^2: min(1, gamma / SNR) for epsilon, min(SNR, gamma) / (SNR + 1)
+    for v and min(SNR, gamma) for sample, each with its finite limit at SNR 0 and at SNR infinity.
+    """
+    kind = PREDICTIONS[choose("prediction", prediction, PREDICTIONS)]
+    tiny = float(np.finfo(np.float64).tiny)  # the limits themselves would be 0 / 0
+    signal = torch.from_numpy(np.maximum(alphas_cumprod, tiny))
+    noise = torch.from_numpy(np.maximum(1 - np.asarray(alphas_cumprod), tiny))
+    determinant = torch.as_tensor(kind.determinant(signal.sqrt(), noise.sqrt()))
+    weights: Array = (torch.minimum(signal, gamma * noise) / determinant.square()).numpy()
+    return weights
+
+
+@dataclass(frozen=True, eq=False)
+class DiffusionLoss:
+    """Mean squared error of a network's prediction at random levels of a schedule, per sample: Ho et al. 2020, eq. 14.
+
+    prediction: a name of PREDICTIONS. snr_gamma: min-SNR weighting with this gamma (the paper's is 5); None weighs all
+    alike. UsageError: unknown prediction, gamma not above 0, or epsilon with a zero terminal SNR schedule (there the
+    network's input is the noise, so that level teaches nothing and could not be sampled from).
+    """
+
+    schedule: NoiseSchedule
+    prediction: str = "epsilon"
+    snr_gamma: float | None = None
+
+    def __post_init__(self) -> None:
+        choose("prediction", self.prediction, PREDICTIONS)
+        if self.snr_gamma is not None and not 0 < self.snr_gamma < math.inf:
+            raise UsageError(
+                f"snr_gamma is {self.snr_gamma}; it must be a finite number above 0, or None for no weighting"
+            )
+        if self.prediction == "epsilon" and self.schedule.zero_terminal_snr:
+            raise UsageError("epsilon prediction cannot start from zero terminal SNR; use v_prediction or sample")
+
+    def __call__(self, network: Network, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """x0, noise [B, ...] of one dtype; t [B] integers in 0 .. T-1 -> float32 [B] (float64 if x0 is), weighted."""
+        target = self.target(x0, t, noise)
+        output = network(self.noised(x0, t, noise), t)
+        loss = (output.to(target.dtype) - target).square().flatten(1).mean(1)
+        return loss if self._weights is None else loss * _at(self._weights, t, loss)
+
+    def noised(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """A draw of q(x_t | x0), what the network sees: sqrt(alphas_cumprod) x0 + sqrt(1 - alphas_cumprod) noise, also
+        at SNR 0.
+        """
+        alpha, beta = self._rates(x0, t)
+        return alpha * x0 + beta * noise
+
+    def target(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """What the network should say of `noised(x0, t, noise)`; at least float32."""
+        x0, noise = _widened(x0), _widened(noise)
+        return PREDICTIONS[self.prediction].target(x0, noise, *self._rates(x0, t))
+
+    def _rates(self, x0: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        table = self.schedule.alphas_cumprod
+        return _at(np.sqrt(table), t, x0), _at(np.sqrt(1 - table), t, x0)
+
+    @cached_property
+    def _weights(self) -> Array | None:
+        if self.snr_gamma is None:
+            return None
+        return min_snr_weights(self.schedule.alphas_cumprod, self.prediction, self.snr_gamma)
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _at(table: Array, t: Tensor, like: Tensor) -> Tensor:
+    """table[t] [B], rounded once to `like`'s dtype and shaped to broadcast against it."""
+    values = torch.from_numpy(table).to(like.dtype).to(t.device)[t]
+    return values.to(like.device).view(-1, *[1] * (like.ndim - 1))

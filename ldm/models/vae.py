@@ -1,0 +1,243 @@
+"""The KL autoencoder of Latent Diffusion (Rombach et al. 2022, sec. 3.1; Kingma & Welling 2014).
+
+Images [B, 3, fH, fW] in [-1, 1] <-> latents [B, c, H, W] of about unit variance, where f = 2 ** (levels - 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.errors import UsageError
+from ldm.models.config import divisible, refuse_unmodelled, take_all
+from ldm.models.layers import Attention, Downsample, KeysValues, ResBlock, Upsample, to_map, to_tokens
+
+EPS = 1e-6  # of every GroupNorm here; the U-Net's ResBlocks use 1e-5
+ABSENT: dict[str, object] = {"block_out_channels": (64,), "layers_per_block": 1, "sample_size": 32}
+"""What diffusers takes for a field that config.json lacks, where that is not the default here."""
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Shape of an AutoencoderKL; the defaults are Stable Diffusion's KL-f8. Field names and meanings are diffusers'.
+
+    scaling_factor: 1 / standard deviation of the raw latents. sample_size: image side it was trained on.
+    force_upcast: its activations overflow float16 (SDXL); the networks ignore it, whoever picks a dtype must not.
+    Raises ModelError when a width does not divide into norm_num_groups.
+    """
+
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 4
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    norm_num_groups: int = 32
+    sample_size: int = 512
+    scaling_factor: float = 0.18215
+    mid_block_add_attention: bool = True
+    force_upcast: bool = True
+
+    def __post_init__(self) -> None:
+        groups = (self.norm_num_groups,) * len(self.block_out_channels)
+        divisible("VAE config", self.block_out_channels, groups, "norm_num_groups")
+
+    @property
+    def factor(self) -> int:
+        """Image pixels per latent pixel along each side."""
+        return 1 << (len(self.block_out_channels) - 1)
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, object]) -> VAEConfig:
+        """Reads diffusers' `vae/config.json`. ModelError for any setting whose numbers would not be ours."""
+        kind, defaults = "VAE config", cls()
+        values = take_all(kind, config, defaults, ABSENT)
+        refuse_unmodelled(kind, config, _fixed(len(values["block_out_channels"])), frozenset(vars(defaults)))
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, object]:
+        """The `config.json` with which stock diffusers builds the same network."""
+        levels = len(self.block_out_channels)
+        return {
+            "_class_name": "AutoencoderKL",
+            "in_channels": self.in_channels,
+            "out_channels": self.out_channels,
+            "latent_channels": self.latent_channels,
+            "down_block_types": ["DownEncoderBlock2D"] * levels,
+            "up_block_types": ["UpDecoderBlock2D"] * levels,
+            "block_out_channels": list(self.block_out_channels),
+            "layers_per_block": self.layers_per_block,
+            "act_fn": "silu",
+            "norm_num_groups": self.norm_num_groups,
+            "sample_size": self.sample_size,
+            "scaling_factor": self.scaling_factor,
+            "mid_block_add_attention": self.mid_block_add_attention,
+            "force_upcast": self.force_upcast,
+        }
+
+
+def _fixed(levels: int) -> dict[str, tuple[object, ...]]:
+    """Fields of diffusers' config that we do not vary, and the values for which our computation is right."""
+    return {
+        "_class_name": ("AutoencoderKL",),
+        "down_block_types": (("DownEncoderBlock2D",) * levels,),
+        "up_block_types": (("UpDecoderBlock2D",) * levels,),
+        "act_fn": ("silu", "swish"),
+        "shift_factor": (None, 0, 0.0),
+        "latents_mean": (None,),
+        "latents_std": (None,),
+        "use_quant_conv": (True,),
+        "use_post_quant_conv": (True,),
+    }
+
+
+class MapAttention(Attention):
+    """One-head self-attention over a feature map. [B, C, H, W] -> [B, C, H, W]"""
+
+    def __init__(self, dim: int, groups: int) -> None:
+        super().__init__(dim, dim, heads=1, bias=True)
+        self.group_norm = nn.GroupNorm(groups, dim, eps=EPS)
+
+    def forward(self, x: Tensor, keys_values: KeysValues | None = None) -> Tensor:
+        """[B, C, H, W] -> [B, C, H, W]"""
+        return x + to_map(super().forward(to_tokens(self.group_norm(x)), keys_values), x.shape[-2], x.shape[-1])
+
+
+class Middle(nn.Module):
+    """The lowest resolution: ResBlock, attention (if any), ResBlock. [B, C, H, W] -> [B, C, H, W]"""
+
+    def __init__(self, dim: int, groups: int, attention: bool) -> None:
+        super().__init__()
+        self.attentions = nn.ModuleList([MapAttention(dim, groups)] if attention else [])
+        self.resnets = nn.ModuleList(ResBlock(dim, dim, groups=groups, eps=EPS) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, H, W]"""
+        x = self.resnets[0](x)
+        for attention in self.attentions:
+            x = attention(x)
+        x = self.resnets[1](x)
+        return x
+
+
+class EncoderLevel(nn.Module):
+    """ResBlocks, then half the resolution unless it is the last level. [B, c_in, H, W] -> [B, c_out, H/2, W/2]"""
+
+    def __init__(self, c_in: int, c_out: int, count: int, groups: int, *, last: bool) -> None:
+        super().__init__()
+        self.resnets = resnets(c_in, c_out, count, groups)
+        self.downsamplers = nn.ModuleList([] if last else [Downsample(c_out, padded=True)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, c_in, H, W] -> [B, c_out, H/2, W/2] (the last level: H, W)"""
+        for part in (*self.resnets, *self.downsamplers):
+            x = part(x)
+        return x
+
+
+class DecoderLevel(nn.Module):
+    """ResBlocks, then twice the resolution unless it is the last level. [B, c_in, H, W] -> [B, c_out, 2H, 2W]"""
+
+    def __init__(self, c_in: int, c_out: int, count: int, groups: int, *, last: bool) -> None:
+        super().__init__()
+        self.resnets = resnets(c_in, c_out, count, groups)
+        self.upsamplers = nn.ModuleList([] if last else [Upsample(c_out)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, c_in, H, W] -> [B, c_out, 2H, 2W] (the last level: H, W)"""
+        for part in (*self.resnets, *self.upsamplers):
+            x = part(x)
+        return x
+
+
+def resnets(c_in: int, c_out: int, count: int, groups: int) -> nn.ModuleList:
+    """`count` ResBlocks, the first of which changes the width."""
+    return nn.ModuleList(ResBlock(c_in if j == 0 else c_out, c_out, groups=groups, eps=EPS) for j in range(count))
+
+
+class Encoder(nn.Module):
+    """Images [B, 3, fH, fW] -> [B, 2c, H, W], mean and log-variance before quant_conv."""
+
+    def __init__(self, c: VAEConfig) -> None:
+        super().__init__()
+        widths, groups = c.block_out_channels, c.norm_num_groups
+        self.conv_in = nn.Conv2d(c.in_channels, widths[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            EncoderLevel(c_in, c_out, c.layers_per_block, groups, last=i == len(widths) - 1)
+            for i, (c_in, c_out) in enumerate(zip(widths[:1] + widths, widths, strict=False))
+        )
+        self.mid_block = Middle(widths[-1], groups, c.mid_block_add_attention)
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=EPS)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * c.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, 3, fH, fW] -> [B, 2c, H, W]"""
+        x = self.conv_in(x)
+        for level in self.down_blocks:
+            x = level(x)
+        x = self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+        return x
+
+
+class Decoder(nn.Module):
+    """Latents after post_quant_conv [B, c, H, W] -> images [B, 3, fH, fW]."""
+
+    def __init__(self, c: VAEConfig) -> None:
+        super().__init__()
+        widths, groups = c.block_out_channels[::-1], c.norm_num_groups
+        self.conv_in = nn.Conv2d(c.latent_channels, widths[0], 3, padding=1)
+        self.mid_block = Middle(widths[0], groups, c.mid_block_add_attention)
+        self.up_blocks = nn.ModuleList(
+            DecoderLevel(c_in, c_out, c.layers_per_block + 1, groups, last=i == len(widths) - 1)
+            for i, (c_in, c_out) in enumerate(zip(widths[:1] + widths, widths, strict=False))
+        )
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=EPS)
+        self.conv_out = nn.Conv2d(widths[-1], c.out_channels, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """[B, c, H, W] -> [B, 3, fH, fW]"""
+        z = self.mid_block(self.conv_in(z))
+        for level in self.up_blocks:
+            z = level(z)
+        z = self.conv_out(F.silu(self.conv_norm_out(z)))
+        return z
+
+
+class AutoencoderKL(nn.Module):
+    """Encoder to a diagonal Gaussian over latents, and decoder; encode and decode scale the raw latents."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        c = config.latent_channels
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.quant_conv = nn.Conv2d(2 * c, 2 * c, 1)
+        self.post_quant_conv = nn.Conv2d(c, c, 1)
+
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of q(z | image), unscaled; log-variance clamped to [-30, 20].
+
+        images [B, 3, fH, fW] in [-1, 1] -> two of [B, c, H, W]. Raises UsageError when a side is no multiple of f.
+        """
+        height, width = images.shape[-2:]
+        factor = self.config.factor
+        if height % factor or width % factor:
+            raise UsageError(f"image of {height} x {width} pixels; the sides must be multiples of {factor}; resize it")
+        mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
+        return mean, logvar.clamp(-30, 20)
+
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Scaled latents [B, c, H, W] of images [B, 3, fH, fW] in [-1, 1].
+
+        The posterior's mean, or with `noise` ~ N(0, 1) [B, c, H, W] a sample of it.
+        """
+        mean, logvar = self.posterior(images)
+        z = mean if noise is None else mean + (0.5 * logvar).exp() * noise
+        return z * self.config.scaling_factor
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images [B, 3, fH, fW], about [-1, 1] (not clamped), of scaled latents [B, c, H, W]."""
+        images: Tensor = self.decoder(self.post_quant_conv(latents / self.config.scaling_factor))
+        return images

@@ -1,0 +1,91 @@
+"""Where and in what precision a model runs, and whether a request fits into memory."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldm.errors import UsageError, choose
+
+DTYPES = {
+    "float32": torch.float32, "fp32": torch.float32, "float16": torch.float16, "fp16": torch.float16,
+    "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
+}  # fmt: skip
+DEVICES = ("auto", "cpu", "cuda")
+LIVE_MAPS = 4  # feature maps of the widest level that a network holds at once, its input and output included
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """A device of its name; None and "auto" are CUDA if there is one, else the CPU. UsageError: unknown, or CUDA
+    asked and absent.
+    """
+    kind, _, index = str(device or "auto").partition(":")
+    choose("device", kind, DEVICES)
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UsageError(
+            "cuda was asked for, but torch sees no CUDA device; use cpu, or install a CUDA build of torch and "
+            "its driver"
+        )
+    return torch.device(kind, int(index)) if index.isdigit() else torch.device(kind)
+
+
+def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The weights' type of its name; None is bfloat16 on CUDA and float32 on the CPU. UsageError: unknown."""
+    if dtype is None:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return dtype if isinstance(dtype, torch.dtype) else DTYPES[choose("dtype", dtype, DTYPES)]
+
+
+def short_name(dtype: torch.dtype) -> str:
+    """'float32' of torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that can still be taken on a device: free (CUDA), or available without swapping and within the control
+    group (Linux).
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    meminfo = Path("/proc/meminfo")
+    if (
+        not meminfo.is_file()
+    ):  # macOS, Windows: what is installed is the best that can be known without another dependency
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 1 << 62
+    rows = dict(line.split(":") for line in meminfo.read_text().splitlines())
+    free = int(rows["MemAvailable"].split()[0]) * 1024
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and used.is_file() and limit.read_text().strip() != "max":
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return free
+
+
+def working_bytes(unet: Any, vae: Any, height: int, width: int, images: int) -> int:
+    """About how much memory drawing takes beyond the weights: the widest feature maps of one U-Net call and one VAE
+    call, the latents and the pictures. height, width in pixels; images: how many are in one network call on this
+    device.
+    """
+    item, factor = unet.conv_in.weight.element_size(), vae.config.factor
+    down, widest = unet.config.block_out_channels, vae.config.block_out_channels
+    unet_map = 2 * images * max(2 * w * (height // factor >> i) * (width // factor >> i) for i, w in enumerate(down))
+    # The decoder reaches each resolution with the width of the level below it.
+    vae_map = images * max(
+        widest[min(i + 1, len(widest) - 1)] * (height >> i) * (width >> i) for i in range(len(widest))
+    )
+    return LIVE_MAPS * item * max(unet_map, vae_map) + images * height * width * 3 * 8
+
+
+def refuse_if_too_large(unet: Any, vae: Any, height: int, width: int, at_once: int, total: int) -> None:
+    """UsageError, before anything is allocated, when a request does not fit into the memory there is."""
+    device = unet.conv_in.weight.device
+    need = working_bytes(unet, vae, height, width, at_once) + (total - at_once) * height * width * 3 * 4
+    have = available_bytes(device)
+    if need > have:
+        raise UsageError(
+            f"{total} picture{'s' * (total > 1)} of {width}x{height} would take about {need / 2**30:.1f} GiB, "
+            f"and {have / 2**30:.1f} GiB "
+            f"are free on {device.type}; ask for a smaller size or fewer at once"
+        )

@@ -1,0 +1,1 @@
+"""Words in, numbers out: `tokenizer` (CLIP's byte-pair encoding) and `encoder` (prompts -> Conditioning)."""

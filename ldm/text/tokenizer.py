@@ -1,0 +1,192 @@
+"""CLIP's tokenizer: lower-cased byte-level byte-pair encoding with `</w>` at the end of words.
+
+Radford et al. 2021, sec. 2.4 (the encoding is that of Sennrich et al. 2016, over bytes as in Radford et al. 2019).
+Reads and writes the folders of transformers' CLIPTokenizer and gives the same ids, by the `tokenizers` package alone.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
+from tokenizers.models import BPE
+from torch import Tensor
+
+from ldm.checkpoints.safe import atomic_json, atomic_text, read_json
+from ldm.errors import ModelError, UsageError
+
+BOS, EOS, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
+WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+WINDOW = 77  # of every published CLIP text encoder; some tokenizer_config.json leave it out
+FEWEST = 2 * 256 + 2  # every byte, every byte that ends a word, and the two special tokens
+
+
+class Tokens(NamedTuple):
+    """ids: int64 [B, max_length]. dropped: for each prompt the words that did not fit, in order; mostly ()."""
+
+    ids: Tensor
+    dropped: tuple[tuple[str, ...], ...]
+
+
+class CLIPTokenizer:
+    """Prompts -> token ids [B, max_length]: the start token, the text, the end token, then padding.
+
+    vocab: token -> id. merges: pairs of tokens, in the order in which they are joined. pad: the padding token (SD1: the
+    end token, SD2: "!"). added: further tokens matched whole before the encoding, such as those of textual inversion.
+    Raises ModelError when a special token or part of a merge has no id, or `added` does not follow the vocabulary.
+    """
+
+    def __init__(
+        self,
+        vocab: Mapping[str, int],
+        merges: Sequence[tuple[str, str]],
+        max_length: int = WINDOW,
+        pad: str = EOS,
+        added: Mapping[str, int] | None = None,
+    ) -> None:
+        self.vocab, self.merges, self.max_length, self.pad = dict(vocab), list(merges), max_length, pad
+        self.added = dict(added or {})
+        known = self.vocab | self.added
+        needed = [BOS, EOS, pad, *(token for pair in self.merges for token in (*pair, "".join(pair)))]
+        absent = [token for token in needed if token not in known]
+        if absent:
+            raise ModelError(f"the tokenizer's vocabulary has no token {absent[0]!a:.60}; it is not one of CLIP")
+        if max_length < 3:
+            raise ModelError(f"a tokenizer window of {max_length} tokens; it takes at least 3 to hold any text")
+        self.bos_id, self.eos_id, self.pad_id = known[BOS], known[EOS], known[pad]
+        self._tokenizer = _backend(self.vocab, self.merges)
+        for token in dict.fromkeys((BOS, EOS, pad)):
+            self._tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True)])
+        for token in sorted(self.added.keys() - {BOS, EOS, pad}, key=self.added.__getitem__):
+            self._tokenizer.add_tokens([AddedToken(token, normalized=True)])
+        shifted = [token for token, index in known.items() if self._tokenizer.token_to_id(token) != index]
+        if shifted:
+            raise ModelError(f"token {shifted[0]!a:.60}: ids of added tokens must continue those of the vocabulary")
+        ends = (EOS, self.eos_id), (BOS, self.bos_id)
+        self._tokenizer.post_processor = processors.RobertaProcessing(*ends, False, False)
+
+    def __len__(self) -> int:
+        return len(self.vocab | self.added)
+
+    def __call__(self, prompts: Sequence[str]) -> Tokens:
+        """The ids of each prompt, alone or in a batch the same. UsageError for text that is not valid Unicode."""
+        rows, dropped = [], []
+        room = self.max_length - 2
+        for prompt in prompts:
+            try:
+                prompt.encode()
+            except UnicodeEncodeError as error:
+                fault = f"the prompt {prompt!a:.60} is not valid Unicode ({error.reason})"
+                raise UsageError(f"{fault}; retype it") from error
+            # one at a time: encode_batch starts threads, after which the package complains when a process forks
+            text = self._tokenizer.encode(prompt, add_special_tokens=False)
+            ids = [self.bos_id, *text.ids[:room], self.eos_id]
+            rows.append(ids + [self.pad_id] * (self.max_length - len(ids)))
+            cut = text.offsets[room][0] if len(text) > room else len(prompt)
+            while 0 < cut < len(prompt) and not prompt[cut].isspace() and not prompt[cut - 1].isspace():
+                cut -= 1  # a word is lost whole when one of its tokens is
+            dropped.append(tuple(prompt[cut:].split()))
+        return Tokens(torch.tensor(rows, dtype=torch.int64).reshape(len(rows), self.max_length), tuple(dropped))
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, max_length: int | None = None) -> Self:
+        """Reads `tokenizer.json`, or `vocab.json` and `merges.txt`, and the special tokens beside them.
+
+        max_length: the window of the text encoder; tokenizers that state none, or a longer one, are held to it.
+        ModelError when the files are missing, damaged or of another kind of tokenizer.
+        """
+        folder = Path(folder)
+        config: dict[str, Any] = {}
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):  # transformers lets the second win
+            config |= read_json(folder / name) if (folder / name).is_file() else {}
+        pad = config.get("pad_token", EOS)
+        window = config.get("model_max_length", WINDOW)
+        window = int(window) if isinstance(window, (int, float)) and window < 10**6 else WINDOW
+        try:
+            vocab, merges, added = _read(folder)
+            pad = pad["content"] if isinstance(pad, dict) else pad or EOS
+            return cls(vocab, merges, min(window, max_length or window), pad, added)
+        except (KeyError, TypeError, ValueError, OSError) as error:
+            fault = f"{folder} holds no CLIP tokenizer that can be read ({error!r:.100})"
+            raise ModelError(f"{fault}; fetch it again") from error
+
+    def save(self, folder: str | Path) -> None:
+        """Writes both forms (`tokenizer.json`; `vocab.json` and `merges.txt`) for new and for old readers."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        special = {"bos_token": BOS, "eos_token": EOS, "pad_token": self.pad, "unk_token": EOS}
+        atomic_text(folder / "tokenizer.json", self._tokenizer.to_str(pretty=True))
+        config = {"model_max_length": self.max_length, "tokenizer_class": "CLIPTokenizer"}
+        atomic_json(folder / "tokenizer_config.json", special | config)
+        atomic_json(folder / "special_tokens_map.json", special)
+        atomic_json(folder / "vocab.json", self.vocab)
+        atomic_text(folder / "merges.txt", "\n".join(["#version: 0.2", *map(" ".join, self.merges), ""]))
+        if self.added:
+            atomic_json(folder / "added_tokens.json", self.added)
+
+    @classmethod
+    def train(cls, captions: Iterable[str], vocab_size: int, max_length: int = WINDOW) -> Self:
+        """Learns merges from captions; the same captions in the same order give the same tokenizer on any run.
+
+        vocab_size: at least 514 (bytes, word-ending bytes, special tokens); fewer tokens come out when no more pairs
+        occur twice in the captions. The end token has the largest id, by which CLIP finds the end of the text.
+        """
+        if vocab_size < FEWEST:
+            raise UsageError(f"vocab_size {vocab_size}; a CLIP tokenizer has at least {FEWEST} tokens; choose more")
+        letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+        letters += [letter + WORD_END for letter in letters]
+        # naming all letters beforehand fixes their order; else ties between pairs fall differently on every run
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            min_frequency=2,
+            special_tokens=letters,
+            end_of_word_suffix=WORD_END,
+            show_progress=False,
+        )
+        learner = _backend({}, [])
+        learner.train_from_iterator(captions, trainer)
+        merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+        merges = merges[: vocab_size - FEWEST]
+        tokens = dict.fromkeys([*letters, *map("".join, merges), BOS, EOS])
+        return cls({token: index for index, token in enumerate(tokens)}, merges, max_length)
+
+
+def _backend(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
+    """The steps of CLIP's encoding, before special tokens."""
+    unknown = EOS if vocab else None
+    tokenizer = Tokenizer(
+        BPE(vocab, merges, unk_token=unknown, continuing_subword_prefix="", end_of_word_suffix=WORD_END)
+    )
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _read(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]], dict[str, int]]:
+    """vocab, merges and added tokens of either form; KeyError, TypeError or ValueError when they are not CLIP's."""
+    if (folder / "tokenizer.json").is_file():
+        whole = read_json(folder / "tokenizer.json")
+        model: dict[str, Any] = whole["model"]
+        if model["type"] != "BPE" or model["end_of_word_suffix"] != WORD_END:
+            raise ValueError(f"a {model['type']} model without {WORD_END}")
+        vocab, pairs = model["vocab"], model["merges"]
+        extra = {token["content"]: token["id"] for token in whole["added_tokens"]}
+    else:
+        vocab = read_json(folder / "vocab.json")
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+        pairs = [line for line in lines[lines[0].startswith("#version") :] if line]
+        extra = read_json(folder / "added_tokens.json") if (folder / "added_tokens.json").is_file() else {}
+    merges = [(left, right) for left, right in (pair.split(" ") if isinstance(pair, str) else pair for pair in pairs)]
+    if not all(type(index) is int for index in [*vocab.values(), *extra.values()]):
+        raise ValueError("ids that are no numbers")
+    return vocab, merges, {token: index for token, index in extra.items() if token not in vocab}

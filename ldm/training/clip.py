@@ -1,0 +1,123 @@
+"""The text encoder: a small CLIP (Radford et al. 2021), both towers trained contrastively on the corpus; the text
+tower is then frozen.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from ldm.data.emoji import EmojiScenes
+from ldm.models.clip import CLIPTextModel, CLIPVisionModel
+from ldm.text.tokenizer import CLIPTokenizer
+from ldm.training.config import ClipConfig
+from ldm.training.first_stage import HELD_OUT_SEED, save_model, tile, to_signal
+from ldm.training.loop import Batch, Stage
+
+TOKENIZER_CAPTIONS = 20_000  # captions from which the vocabulary is learned
+HELD_OUT_SCENES = 256
+
+
+class CaptionedBatches(Dataset[Batch]):
+    """Batch i of a corpus: images uint8 [B, 3, S, S] and caption token ids int64 [B, T] of scenes i B ... i B + B -
+    1.
+    """
+
+    def __init__(self, scenes: EmojiScenes, tokenizer: CLIPTokenizer, batch_size: int) -> None:
+        self.scenes, self.tokenizer, self.batch_size = scenes, tokenizer, batch_size
+
+    def __getitem__(self, index: int) -> Batch:
+        first = index * self.batch_size
+        images, captions = zip(*(self.scenes[first + i] for i in range(self.batch_size)), strict=True)
+        return torch.from_numpy(np.stack(images)), self.tokenizer(list(captions)).ids
+
+
+class Towers(nn.Module):
+    """Both towers and their temperature: what the average is taken of."""
+
+    def __init__(self, config: ClipConfig) -> None:
+        super().__init__()
+        self.text, self.vision = CLIPTextModel(config.text), CLIPVisionModel(config.vision)
+        # Outside the text model: Stable Diffusion's encoder is CLIP's transformer without its projection.
+        self.text_projection = nn.Linear(config.text.hidden_size, config.vision.projection_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+
+    def forward(self, images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """images [B, 3, S, S] in [-1, 1], ids [B, T] -> unit vectors of images and of texts, each [B, D]."""
+        texts = self.text_projection(self.text(ids)[1])
+        pictures = self.vision(images)
+        return pictures / pictures.norm(dim=-1, keepdim=True), texts / texts.norm(dim=-1, keepdim=True)
+
+
+class Contrastive(nn.Module):
+    """Symmetric cross-entropy of the similarities of a batch; pairs with equal captions count as matches of each
+    other.
+    """
+
+    def __init__(self, config: ClipConfig) -> None:
+        super().__init__()
+        self.towers = Towers(config)
+
+    def forward(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        images, ids = batch
+        pictures, texts = self.towers(to_signal(images), ids)
+        similar = self.towers.logit_scale.clamp(max=np.log(100)).exp() * pictures @ texts.T
+        same = (ids[:, None] == ids[None]).all(-1).float()
+        wanted = same / same.sum(1, keepdim=True)
+        loss = sum(nn.functional.cross_entropy(logits, wanted) for logits in (similar, similar.T)) / 2
+        right = same.gather(1, similar.argmax(1, keepdim=True)).mean()
+        return torch.as_tensor(loss), {"retrieval": right.detach()}
+
+
+def learn_tokenizer(scenes: EmojiScenes, config: ClipConfig) -> CLIPTokenizer:
+    """A byte-level BPE in CLIP's form, learned from the corpus's captions."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would not survive the fork of the workers
+    captions = [scenes.scene(i).caption for i in range(TOKENIZER_CAPTIONS)]
+    return CLIPTokenizer.train(captions, config.vocab_size, config.text.max_position_embeddings)
+
+
+def clip(config: ClipConfig) -> Stage:
+    """The stage of a configuration. Its result holds `tokenizer/`, `text_encoder/` (frozen from here on) and
+    `image_encoder/`.
+    """
+    torch.manual_seed(config.loop.seed)
+    scenes = EmojiScenes(config.corpus, config.loop.seed)
+    tokenizer = learn_tokenizer(scenes, config)
+    objective = Contrastive(config)
+    images, ids = CaptionedBatches(EmojiScenes(config.corpus, HELD_OUT_SEED), tokenizer, HELD_OUT_SCENES)[0]
+
+    @torch.inference_mode()
+    def similarities(towers: nn.Module) -> Tensor:
+        device = next(towers.parameters()).device
+        pictures, texts = towers(to_signal(images).to(device), ids.to(device))
+        return (texts @ pictures.T).cpu()
+
+    def held_out(towers: nn.Module) -> dict[str, float]:
+        similar = similarities(towers)
+        same = (ids[:, None] == ids[None]).all(-1)
+        scaled = similar * float(towers.logit_scale.detach().exp())  # type: ignore[operator]  # Towers
+        loss = nn.functional.cross_entropy(scaled, same.float() / same.sum(1, keepdim=True))
+        return {"loss": float(loss), "retrieval": float(same.gather(1, similar.argmax(1, keepdim=True)).float().mean())}
+
+    def picture(towers: nn.Module) -> Image.Image:
+        best = similarities(towers)[:12].topk(7).indices  # each row: the scene itself, then what its caption finds
+        shown = torch.cat([torch.arange(12)[:, None], best], 1).flatten()
+        return tile(to_signal(images)[shown], 8)
+
+    def export(towers: nn.Module, folder: Path) -> None:
+        assert isinstance(towers, Towers)
+        ends: Sequence[tuple[nn.Module, dict[str, object], str]] = (
+            (towers.text, config.text.to_dict(), "text_encoder"),
+            (towers.vision, config.vision.to_dict(), "image_encoder"),
+        )
+        for model, described, name in ends:
+            save_model(model, described, folder / name, "model.safetensors")
+        tokenizer.save(folder / "tokenizer")
+
+    batches = CaptionedBatches(scenes, tokenizer, config.loop.batch_size)
+    return Stage(objective, objective.towers, batches, held_out, picture, export)

@@ -1,0 +1,148 @@
+"""Run configurations: dataclasses that say what may stand in a YAML file, read strictly."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from ldm.data.emoji import CorpusConfig
+from ldm.errors import UsageError, choose
+from ldm.models.clip import CLIPTextConfig, CLIPVisionConfig
+from ldm.models.unet import UNetConfig
+from ldm.models.vae import VAEConfig
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """What every training run has; steps are optimiser steps."""
+
+    out: str  # folder of the run: states, samples, curve, result
+    steps: int = 1000
+    batch_size: int = 16
+    learning_rate: float = 1e-3  # peak, after a linear warm-up; then a cosine down to final_share of it
+    warmup_steps: int = 100
+    final_share: float = 0.05
+    weight_decay: float = 0.01
+    beta2: float = 0.99
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.999  # of the averaged weights, which are the result; warmed up as (1 + n) / (10 + n)
+    ema_every: int = 1  # steps between two updates of the average
+    seed: int = 0
+    device: str = "auto"  # "cpu", "cuda", or "auto": cuda if there is one
+    mixed_precision: str = "no"  # "no", "bf16" or "fp16", accelerate's names
+    gradient_accumulation_steps: int = 1
+    workers: int = 1  # processes that render ahead; 0 renders in the training process
+    threads: int = 0  # CPU threads; 0 leaves torch's choice
+    log_every: int = 20
+    save_every: int = 500
+    sample_every: int = 1000
+    keep_states: int = 2  # training states kept in `out`
+
+
+SMALL_VAE = functools.partial(
+    VAEConfig,
+    block_out_channels=(16, 32, 64),
+    layers_per_block=1,
+    norm_num_groups=8,
+    sample_size=64,
+    scaling_factor=1.0,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstStageConfig:
+    """`ldm train first-stage`: the autoencoder. Loss weights are relative to the mean absolute error of a pixel in
+    [-1, 1].
+    """
+
+    loop: LoopConfig
+    corpus: CorpusConfig = dataclasses.field(default_factory=CorpusConfig)
+    vae: VAEConfig = dataclasses.field(default_factory=SMALL_VAE)
+    kl_weight: float = 1e-3  # of the KL divergence per latent value
+    edge_weight: float = 1.0  # of the error of horizontal and vertical differences
+    scales: int = 3  # the pixel error is taken at full size, halved, quartered ...
+    crop: int = 40  # side of the squares cut around objects that the first `crops` steps see instead of whole scenes
+    crops: int = 0
+    disc_start: int = 4000  # step at which the discriminator's opinion begins to count
+    disc_weight: float = 0.1  # of the adversarial term, beside the adaptive weight
+    disc_width: int = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipConfig:
+    """`ldm train clip`: text and image towers, trained contrastively on the corpus."""
+
+    loop: LoopConfig
+    corpus: CorpusConfig = dataclasses.field(default_factory=CorpusConfig)
+    vocab_size: int = 1024
+    text: CLIPTextConfig = dataclasses.field(default_factory=CLIPTextConfig)
+    vision: CLIPVisionConfig = dataclasses.field(default_factory=CLIPVisionConfig)
+
+
+@dataclasses.dataclass(frozen=True)
+class DenoiserConfig:
+    """`ldm train denoiser`: the U-Net, on latents of the corpus."""
+
+    loop: LoopConfig
+    first_stage: str  # folder with the trained autoencoder (`ldm train first-stage`'s result)
+    clip: str  # folder with the trained text encoder and tokenizer (`ldm train clip`'s result)
+    weights: str = ""  # where the assembled pipeline folder goes when the run ends; "" = only into `out`
+    corpus: CorpusConfig = dataclasses.field(default_factory=CorpusConfig)
+    unet: UNetConfig = dataclasses.field(default_factory=UNetConfig)
+    latents: int = 40000  # scenes encoded once and drawn from in every epoch
+    prediction_type: str = "v_prediction"
+    beta_schedule: str = "scaled_linear"
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    rescale_betas_zero_snr: bool = True
+    snr_gamma: float = 5.0
+    caption_dropout: float = 0.1
+    guidance_scale: float = 3.0  # of sample pictures, and the default of the assembled pipeline
+    num_inference_steps: int = 20
+    scheduler: str = "ddim"
+
+
+def read_config(path: str | Path, kind: type[T], overrides: dict[str, Any] | None = None) -> T:
+    """Read a run's YAML file as a `kind`. Raises UsageError for a missing file, an unknown field (the nearest is
+    named) or a wrong type.
+
+    `overrides` are dotted keys that replace what the file says: {"loop.steps": 10}.
+    """
+    path = Path(path)
+    try:
+        data = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(
+            f"{path} cannot be read as a YAML file ({str(error).splitlines()[0]}); give one like those in configs/"
+        ) from None
+    if not isinstance(data, dict):
+        raise UsageError(f"{path} holds {type(data).__name__}, not fields; give one like those in configs/")
+    for key, value in (overrides or {}).items():
+        *parents, last = key.split(".")
+        target = data
+        for parent in parents:
+            target = target.setdefault(parent, {})
+        target[last] = value
+    known_fields(data, kind, str(path))
+    try:
+        return TypeAdapter(kind).validate_python(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UsageError(f"{path}: {where} = {first['input']!r}: {first['msg'].lower()}; correct it there") from None
+
+
+def known_fields(data: dict[str, Any], kind: type, where: str) -> None:
+    """UsageError for the first key of `data`, at any depth, that `kind` has no field for."""
+    hints = get_type_hints(kind)
+    names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]  # kinds are dataclasses
+    for key, value in data.items():
+        choose(f"field of {where}", str(key), names)
+        inner = next((t for t in (hints[key], *get_args(hints[key])) if dataclasses.is_dataclass(t)), None)
+        if isinstance(value, dict) and isinstance(inner, type):
+            known_fields(value, inner, f"{where}, {key}")

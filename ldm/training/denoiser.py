@@ -1,0 +1,219 @@
+"""Stage two: the denoiser on the first stage's latents, told what the frozen text encoder says (Rombach et al. 2022,
+sec. 3.3).
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from ldm.checkpoints.folder import PARTS, Components
+from ldm.checkpoints.safe import atomic_save_safetensors, load_into, read_json
+from ldm.data.emoji import EmojiScenes
+from ldm.diffusion.losses import DiffusionLoss
+from ldm.errors import UsageError
+from ldm.models.unet import UNet, init_for_training
+from ldm.models.vae import AutoencoderKL
+from ldm.pipeline import Pipeline
+from ldm.schedulers import network_of
+from ldm.text.tokenizer import CLIPTokenizer
+from ldm.training.config import DenoiserConfig
+from ldm.training.first_stage import HELD_OUT_SEED, tile, to_signal
+from ldm.training.loop import Batch, Stage, generator
+
+HELD_OUT_SCENES = 256
+ENCODED_AT_ONCE = 64
+log = logging.getLogger(__name__)
+
+
+class LatentBatches(Dataset[Batch]):
+    """Batch i of encoded scenes: means and deviations of the posterior [B, C, H, W] and caption ids [B, T]; every
+    scene once an epoch, in an order that depends on (seed, epoch) alone.
+    """
+
+    def __init__(self, encoded: Batch, batch_size: int, seed: int) -> None:
+        self.encoded, self.batch_size, self.seed = encoded, batch_size, seed
+        self.order: tuple[int, Tensor] = (-1, torch.empty(0))
+
+    def __getitem__(self, index: int) -> Batch:
+        per_epoch = len(self.encoded[0]) // self.batch_size
+        epoch, place = divmod(index, per_epoch)
+        if self.order[0] != epoch:
+            self.order = (epoch, torch.randperm(len(self.encoded[0]), generator=generator(self.seed, epoch)))
+        chosen = self.order[1][place * self.batch_size : (place + 1) * self.batch_size]
+        return tuple(part[chosen] for part in self.encoded)
+
+
+class LatentDiffusion(nn.Module):
+    """The diffusion loss of a batch of latents: posterior sample, random level, caption (or none), U-Net."""
+
+    def __init__(self, config: DenoiserConfig, frozen: Components, loss: DiffusionLoss) -> None:
+        super().__init__()
+        self.config, self.loss = config, loss
+        self.unet = frozen.unet
+        self.text = frozen.text_encoder.requires_grad_(False)
+        self.scale = frozen.vae.config.scaling_factor
+        self.register_buffer("empty", frozen.tokenizer([""]).ids)
+
+    def forward(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        mean, std, ids = batch
+        noises = generator(self.config.loop.seed, step)
+        kept = torch.rand(len(mean), generator=noises) >= self.config.caption_dropout
+        t = torch.randint(self.loss.schedule.num_train_timesteps, (len(mean),), generator=noises)
+        sample, noise = (torch.randn(mean.shape, generator=noises).to(mean.device) for _ in range(2))
+        x0 = (mean.float() + std.float() * sample) * self.scale
+        ids = torch.where(kept.to(ids.device)[:, None], ids.long(), self.empty)
+        losses = self.losses(self.unet, x0, ids, t.to(mean.device), noise)
+        return losses.mean(), {}
+
+    def losses(self, unet: nn.Module, x0: Tensor, ids: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """Weighted loss of each sample [B]."""
+        with torch.no_grad():
+            context = self.text(ids)[0]
+        x0, noise = (v.contiguous(memory_format=torch.channels_last) for v in (x0, noise))
+        return self.loss(lambda x, t: unet(x, t, context), x0, t, noise)
+
+
+def scheduler_config(config: DenoiserConfig) -> dict[str, object]:
+    """The scheduler_config.json of the trained model; a scheduler that takes zero terminal SNR starts at the very end
+    ("trailing").
+    """
+    return {
+        "_class_name": "DDIMScheduler",
+        "num_train_timesteps": 1000,
+        "beta_schedule": config.beta_schedule,
+        "beta_start": config.beta_start,
+        "beta_end": config.beta_end,
+        "prediction_type": config.prediction_type,
+        "rescale_betas_zero_snr": config.rescale_betas_zero_snr,
+        "timestep_spacing": "trailing",
+        "clip_sample": False,
+        "set_alpha_to_one": True,
+        "steps_offset": 0,
+    }
+
+
+def components(config: DenoiserConfig) -> Components:
+    """The frozen parts of the finished stages and a fresh U-Net. UsageError when a stage was not trained yet."""
+    torch.manual_seed(config.loop.seed)
+    folders = {"vae": Path(config.first_stage), "text_encoder": Path(config.clip) / "text_encoder"}
+    for name, folder in folders.items():
+        if not (folder / "config.json").is_file():
+            raise UsageError(
+                f"there is no trained {name} in {folder}; train it first (`ldm train first-stage`, `ldm train clip`)"
+            )
+    models: dict[str, nn.Module] = {}
+    for name, folder in folders.items():
+        with torch.device("meta"):
+            models[name] = PARTS[name].build(read_json(folder / "config.json"))
+        load_into(models[name], [folder / f"{PARTS[name].stem}.safetensors"])
+    unet = UNet(config.unet)
+    init_for_training(unet)
+    tokenizer = CLIPTokenizer.from_folder(Path(config.clip) / "tokenizer", config_window(models["text_encoder"]))
+    defaults = {
+        "num_inference_steps": config.num_inference_steps,
+        "guidance_scale": config.guidance_scale,
+        "scheduler": config.scheduler,
+    }
+    return Components(
+        unet=unet.to(memory_format=torch.channels_last),
+        vae=models["vae"].eval().requires_grad_(False),  # type: ignore[arg-type]  # built by PARTS["vae"]
+        text_encoder=models["text_encoder"].eval(),  # type: ignore[arg-type]
+        tokenizer=tokenizer,
+        scheduler_config=scheduler_config(config),
+        generation=defaults,
+    )
+
+
+def config_window(text_encoder: nn.Module) -> int:
+    """How many tokens a text encoder takes."""
+    return int(text_encoder.config.max_position_embeddings)  # type: ignore[union-attr,arg-type]
+
+
+@torch.inference_mode()
+def encode(vae: AutoencoderKL, tokenizer: CLIPTokenizer, scenes: EmojiScenes, count: int) -> Batch:
+    """Scenes 0 ... count - 1 as (means, deviations) float16 [N, C, H, W], unscaled, and caption ids int16 [N, T]."""
+    means, stds, ids = [], [], []
+    for first in range(0, count, ENCODED_AT_ONCE):
+        images, captions = zip(*(scenes[i] for i in range(first, min(first + ENCODED_AT_ONCE, count))), strict=True)
+        mean, logvar = vae.posterior(to_signal(torch.from_numpy(np.stack(images))).to(vae.quant_conv.weight.device))
+        means.append(mean.half().cpu())
+        stds.append((0.5 * logvar).exp().half().cpu())
+        ids.append(tokenizer(list(captions)).ids.short())
+        if first % (100 * ENCODED_AT_ONCE) == 0:
+            log.info("encoded %d of %d scenes", first, count)
+    return tuple(torch.cat(parts) for parts in (means, stds, ids))
+
+
+def cached(config: DenoiserConfig, frozen: Components, scenes: EmojiScenes) -> Batch:
+    """`encode`, kept in the run's folder under a digest of everything it depends on."""
+    digest = hashlib.sha256(json.dumps([asdict(config.corpus), config.latents, config.loop.seed]).encode())
+    for model in (frozen.vae, frozen.text_encoder):
+        for value in model.state_dict().values():
+            digest.update(value.cpu().numpy().tobytes())
+    path = Path(config.loop.out) / f"latents-{digest.hexdigest()[:16]}.safetensors"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        encoded = encode(frozen.vae, frozen.tokenizer, scenes, config.latents)
+        atomic_save_safetensors(dict(zip(("mean", "std", "ids"), encoded, strict=True)), path)
+    kept = load_file(path)
+    return kept["mean"], kept["std"], kept["ids"]
+
+
+def denoiser(config: DenoiserConfig) -> Stage:
+    """The stage of a configuration. Its result is a whole model folder; `weights` names a second place for it."""
+    frozen = components(config)
+    scenes = EmojiScenes(config.corpus, config.loop.seed)
+    schedule, prediction = network_of(frozen.scheduler_config)
+    objective = LatentDiffusion(config, frozen, DiffusionLoss(schedule, prediction, config.snr_gamma or None))
+    mean, _, ids = encode(frozen.vae, frozen.tokenizer, EmojiScenes(config.corpus, HELD_OUT_SEED), HELD_OUT_SCENES)
+    fixed = generator(HELD_OUT_SEED, 0)
+    noise = torch.randn(mean.shape, generator=fixed)
+    t = torch.linspace(0, schedule.num_train_timesteps - 1, HELD_OUT_SCENES).round().long()
+
+    def drawing(unet: nn.Module) -> Pipeline:
+        assert isinstance(unet, UNet)
+        return Pipeline(
+            Components(
+                unet, frozen.vae, frozen.text_encoder, frozen.tokenizer, frozen.scheduler_config, frozen.generation
+            )
+        )
+
+    @torch.inference_mode()
+    def held_out(unet: nn.Module) -> dict[str, float]:
+        device = next(unet.parameters()).device
+        x0 = (mean.float() * objective.scale).to(device)
+        parts = [
+            objective.losses(unet, x0[s], ids[s].long().to(device), t[s].to(device), noise[s].to(device))
+            for s in (slice(i, i + 32) for i in range(0, len(x0), 32))
+        ]
+        return {"loss": float(torch.cat(parts).mean())}
+
+    def picture(unet: nn.Module) -> Image.Image:
+        drawn = drawing(unet)(sample_prompts(scenes), seed=0, output_type="pt").images
+        assert isinstance(drawn, Tensor)
+        return tile(drawn * 2 - 1, 8)
+
+    def export(unet: nn.Module, folder: Path) -> None:
+        pipeline = drawing(unet)
+        for place in filter(None, (str(folder), config.weights)):
+            pipeline.save_pretrained(place, dtype="fp16")
+            (Path(place) / "vocabulary.json").write_text(json.dumps(scenes.vocabulary(), indent=1) + "\n", "utf-8")
+
+    batches = LatentBatches(cached(config, frozen, scenes), config.loop.batch_size, config.loop.seed)
+    return Stage(objective, objective.unet, batches, held_out, picture, export)
+
+
+def sample_prompts(scenes: EmojiScenes) -> Sequence[str]:
+    """Held-out combinations that sample pictures show: 16 single objects, 8 pairs in a relation."""
+    specs = [*scenes.held_out_specs(16, 1, "single"), *scenes.held_out_specs(8, 1, "pair")]
+    return [spec.caption() for spec in specs]
