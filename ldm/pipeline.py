@@ -36,7 +36,7 @@ class Result:
     """What a request gave. `request` is the one carried out, with every choice that was left open filled in."""
 
     images: list[Image.Image] | Tensor | NDArray[np.float32]  # by output_type
-    seeds: tuple[int, ...]
+    seeds: tuple[int, ...]  # of each picture; () where the noise came from `generator`
     request: Request
     latents: Tensor  # [B, C, H, W] float32, in the network's frame (scaled, as the VAE's decode takes them)
 
@@ -142,7 +142,7 @@ class Pipeline:
             pass
         assert step is not None  # a request has at least one step
         final = step.x * c_in(step.sigma)
-        seeds = order.seed if isinstance(order.seed, tuple) else ()
+        seeds = order.seed if isinstance(order.seed, tuple) and generator is None else ()
         if order.output_type == "latent":
             return Result(final, seeds, order, final)
         return Result(self.pictures(final, order.output_type), seeds, order, final)
@@ -151,9 +151,10 @@ class Pipeline:
         """The request with every open choice made: the model's defaults, the size, the seeds (drawn if there are
         none).
         """
-        defaults = FALLBACKS | self.components.generation
         side = self.unet.config.sample_size * self.vae.config.factor
-        known = {"height": side, "width": side, "scheduler": self.sampling(request.scheduler).scheduler.name} | defaults
+        scheduler = self.sampling(request.scheduler).scheduler.name
+        known: dict[str, Any] = {"height": side, "width": side, "scheduler": scheduler} | FALLBACKS
+        known |= self.components.generation
         chosen = {name: value for name, value in known.items() if getattr(request, name) is None}
         count = self.count(request, prompt_embeds)
         seed = secrets.randbelow(2**32) if request.seed is None else request.seed
@@ -232,9 +233,10 @@ class Pipeline:
         parts = [self.encode(positive, order.clip_skip, prompt_embeds)]
         if guiding:
             parts.insert(0, self.encode(negative, order.clip_skip, negative_embeds))
-            if len(parts[0]) != len(parts[1]):
+            shapes = [list(part.context.shape) for part in parts]
+            if shapes[0] != shapes[1]:
                 raise UsageError(
-                    f"{len(parts[0])} negative_prompt_embeds for {len(parts[1])} prompts; give one for each"
+                    f"negative_prompt_embeds of shape {shapes[0]} with a prompt's {shapes[1]}; give equal ones"
                 )
         return Conditioning.cat([part.repeat(n) for part in parts])
 
@@ -256,7 +258,8 @@ class Pipeline:
                     f"the prompt is longer than the encoder's {window} tokens: {' '.join(dropped)!r} would be "
                     f"lost; shorten it"
                 )
-        return self.text_encoder(prompts, clip_skip).to(self.device, self.dtype)
+        # The pooled vectors are SDXL's business; ready embeddings, which may stand beside these, have none.
+        return Conditioning(self.text_encoder(prompts, clip_skip).context.to(self.device, self.dtype))
 
     def denoiser(self, sampling: Sampling, levels: Levels, text: Conditioning, images: int) -> Denoiser:
         """The U-Net as a function of the noise level: the one bridge between solvers, which know sigmas, and
@@ -269,7 +272,7 @@ class Pipeline:
         timesteps = dict(zip(levels.sigmas, levels.timesteps, strict=False))
         alone = [slice(i, None, images) for i in range(images)]  # image i, and image i of the other half
         rows = [slice(None)] if self.device.type == "cuda" else alone
-        prepared = [(r, self.unet.prepare(text.context[r], text.pooled)) for r in rows]
+        prepared = [(r, self.unet.prepare(text.context[r])) for r in rows]
 
         def denoise(x: Tensor, sigma: float) -> Estimate:
             scaled = (x * c_in(sigma)).to(self.dtype)

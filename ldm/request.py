@@ -3,6 +3,7 @@ validation is here.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -55,16 +56,18 @@ class Request:
     )
 
     def __post_init__(self) -> None:
-        for name in ("prompt", "negative_prompt", "seed"):
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
-        for text in self.prompts:
+        for name, absent in (("prompt", ()), ("negative_prompt", ""), ("seed", None)):
+            value = getattr(self, name)
+            if isinstance(value, list) or value is None:
+                object.__setattr__(self, name, absent if value is None else tuple(value))
+        for text in self.prompts if isinstance(self.prompt, str | tuple) else (self.prompt,):
             if not isinstance(text, str) or not text.strip():
                 raise UsageError(f"prompt is {text!r}; it must be words, for example 'a taco on a red background'")
-        if not all(isinstance(text, str) for text in self.negative_prompts):
-            raise UsageError(
-                f"negative_prompt is {self.negative_prompt!r}; it must be words, or one text for each prompt"
-            )
+        negative = self.negative_prompt
+        if not isinstance(negative, str | tuple) or not all(isinstance(text, str) for text in negative):
+            raise UsageError(f"negative_prompt is {negative!r}; it must be words, or one text for each prompt")
+        if not isinstance(self.scheduler, str | None):
+            raise UsageError(f"scheduler is {self.scheduler!r}; it must be a name, for example 'ddim'")
         self._whole("num_images_per_prompt", 1, MOST_IMAGES)
         self._whole("num_inference_steps", 1, 1000)
         self._whole("height", 1, LARGEST_SIDE)
@@ -73,7 +76,7 @@ class Request:
         self._number("guidance_scale", 0, 1000)
         self._number("guidance_rescale", 0, 1)
         self._number("eta", 0, 1)
-        choose("output_type", self.output_type, OUTPUT_TYPES)
+        choose("output_type", str(self.output_type), OUTPUT_TYPES)
         for seed in self.seed if isinstance(self.seed, tuple) else (self.seed,):
             if seed is not None and (
                 isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= LARGEST_SEED - MOST_IMAGES
@@ -109,17 +112,21 @@ class Request:
 
     def _whole(self, name: str, low: int, high: int) -> None:
         value = getattr(self, name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high):
+        if value is None and Request.__dataclass_fields__[name].default is None:
+            return
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise UsageError(f"{name} is {value!r}; it must be a whole number from {low} to {high}")
 
     def _number(self, name: str, low: float, high: float) -> None:
         value = getattr(self, name)
-        ok = value is None or (isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value))
-        if not ok or (value is not None and not low <= value <= high):
+        if value is None and Request.__dataclass_fields__[name].default is None:
+            return
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or not low <= value <= high:
             raise UsageError(f"{name} is {value!r}; it must be a number from {low} to {high}")
 
 
-def make_request(prompt: "str | list[str] | tuple[str, ...] | Request | None", options: dict[str, Any]) -> Request:
+def make_request(prompt: str | Sequence[str] | Request | None, options: dict[str, Any]) -> Request:
     """A Request of keyword arguments, or a given one with some fields replaced. UsageError names an unknown field's
     nearest.
     """
@@ -129,5 +136,6 @@ def make_request(prompt: "str | list[str] | tuple[str, ...] | Request | None", o
     if isinstance(prompt, Request):
         given = {name: getattr(prompt, name) for name in names}
     else:
-        given = {} if prompt is None else {"prompt": tuple(prompt) if isinstance(prompt, list) else prompt}
+        several = isinstance(prompt, Sequence) and not isinstance(prompt, str)
+        given = {} if prompt is None else {"prompt": tuple(prompt) if several else prompt}
     return Request(**(given | options))

@@ -20,8 +20,10 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     """A device of its name; None and "auto" are CUDA if there is one, else the CPU. UsageError: unknown, or CUDA
     asked and absent.
     """
-    kind, _, index = str(device or "auto").partition(":")
+    kind, colon, index = str(device or "auto").partition(":")
     choose("device", kind, DEVICES)
+    if colon and not (index.isdecimal() and kind == "cuda"):
+        raise UsageError(f"device is {str(device)!r}; it must be auto, cpu, cuda, or cuda:0, cuda:1 ...")
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cuda" and not torch.cuda.is_available():
@@ -29,14 +31,18 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
             "cuda was asked for, but torch sees no CUDA device; use cpu, or install a CUDA build of torch and "
             "its driver"
         )
-    return torch.device(kind, int(index)) if index.isdigit() else torch.device(kind)
+    if index and int(index) >= torch.cuda.device_count():
+        raise UsageError(
+            f"device is {str(device)!r}; this machine has {torch.cuda.device_count()}, counted from cuda:0"
+        )
+    return torch.device(kind, int(index)) if index else torch.device(kind)
 
 
 def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
     """The weights' type of its name; None is bfloat16 on CUDA and float32 on the CPU. UsageError: unknown."""
     if dtype is None:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return dtype if isinstance(dtype, torch.dtype) else DTYPES[choose("dtype", dtype, DTYPES)]
+    return DTYPES[choose("dtype", short_name(dtype) if isinstance(dtype, torch.dtype) else str(dtype), DTYPES)]
 
 
 def short_name(dtype: torch.dtype) -> str:
@@ -59,7 +65,9 @@ def available_bytes(device: torch.device) -> int:
     free = int(rows["MemAvailable"].split()[0]) * 1024
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.is_file() and used.is_file() and limit.read_text().strip() != "max":
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
+        stat = dict(line.split() for line in used.with_name("memory.stat").read_text().splitlines())
+        cache = int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))  # given back when memory is wanted
+        free = min(free, int(limit.read_text()) - int(used.read_text()) + cache)
     return free
 
 
@@ -75,7 +83,7 @@ def working_bytes(unet: Any, vae: Any, height: int, width: int, images: int) -> 
     vae_map = images * max(
         widest[min(i + 1, len(widest) - 1)] * (height >> i) * (width >> i) for i in range(len(widest))
     )
-    return LIVE_MAPS * item * max(unet_map, vae_map) + images * height * width * 3 * 8
+    return int(LIVE_MAPS * item * max(unet_map, vae_map) + images * height * width * 3 * 8)
 
 
 def refuse_if_too_large(unet: Any, vae: Any, height: int, width: int, at_once: int, total: int) -> None:

@@ -11,9 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from ldm.data.emoji import find_font
-from ldm.errors import LdmError
-
 
 def pytest_configure() -> None:
     """One thread for each of several pytest-xdist processes, else at most two: the results must not hang on more."""
@@ -40,6 +37,9 @@ def fixed_seed() -> None:
 @pytest.fixture(scope="session")
 def noto_font() -> Path:
     """The Noto Color Emoji font file, as training finds it. Tests that ask for it are skipped where it is absent."""
+    from ldm.data.emoji import find_font
+    from ldm.errors import LdmError
+
     try:
         return find_font()
     except LdmError as error:  # its sentence says `apt-get install fonts-noto-color-emoji`

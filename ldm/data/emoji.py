@@ -11,6 +11,7 @@ import random
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.resources import files
+from itertools import combinations, cycle, islice
 from pathlib import Path
 
 import numpy as np
@@ -227,13 +228,25 @@ class EmojiScenes:
         return SceneSpec((name,), background, size=rng.choice(("small", "large")) if rng.random() < c.sized else "")
 
     def held_out_specs(self, n: int, seed: int, kind: str) -> list[SceneSpec]:
-        """n different held-out combinations of one kind, canonical size, decided by the seed alone."""
+        """n held-out combinations of one kind, canonical size, decided by the seed alone. No combination comes a second time before
+        all came once: of single objects a corpus holds out only a few dozen. UsageError when it holds out none."""
         rng, found = random.Random(f"held-out {kind} {seed}"), dict[SceneSpec, None]()
-        while len(found) < n:
+        known = self.held_out_count(kind)
+        if not known:
+            raise UsageError(f"the corpus holds out no {kind!r} scene; give it more objects, or a larger held_out share")
+        while len(found) < min(n, known):
             spec = self.spec(rng, kind)
             if self.is_held_out(spec) and not spec.size:
                 found[spec] = None
-        return list(found)
+        return [*islice(cycle(found), n)]
+
+    def held_out_count(self, kind: str) -> int:
+        """How many different combinations of one kind are held out, of canonical size."""
+        if kind == "pair":
+            pairs = sum(self.is_held_out(SceneSpec(p, "", RELATIONS[0])) for p in combinations(self.names, 2))
+            return pairs * 2 * len(RELATIONS) * len(BACKGROUNDS)
+        singles = sum(self.is_held_out(SceneSpec((name,), colour)) for name in self.names for colour in BACKGROUNDS)
+        return singles * (len(COUNTS) if kind == "count" else 1)
 
     def scene(self, index: int) -> Scene:
         """Training scene `index` with its ground truth."""

@@ -26,11 +26,13 @@ def guided(denoise: Denoiser, scale: float) -> Denoiser:
 def guided_rescaled(denoise: Denoiser, scale: float, rescale: float, prediction: str) -> Denoiser:
     """`guided`, with the output's contrast brought back towards that of the positive half: Lin et al. 2023, eqs. 15-16.
 
-    rescale: phi, 0 (plain guidance) .. 1; the paper's is 0.7. prediction: what the network behind `denoise` predicts, a
-    name of PREDICTIONS. The paper takes the standard deviation, per image over channels and pixels, of the network's
-    output. A Denoiser speaks of x0 = c_skip * x + c_out * output, and x is common to both halves, so the output is x0 -
-    c_skip * x up to a factor that a ratio of deviations forgets, and scaling the output by f means x0 -> c_skip * x + f
-    * (x0 - c_skip * x). UsageError: phi outside 0..1, unknown prediction.
+    rescale: phi, from 0 (plain guidance) to 1; the paper's is 0.7.
+    prediction: what the network behind `denoise` predicts, a name of PREDICTIONS.
+    UsageError: phi outside 0..1, unknown prediction.
+
+    The paper scales the network's output by a ratio of standard deviations (per image, over channels and pixels). A
+    Denoiser says x0 = c_skip * x + c_out * output, so x0 - c_skip * x is the output up to a factor, which the ratio
+    forgets: scaling the output by f is x0 -> c_skip * x + f * (x0 - c_skip * x), without ever dividing by c_out.
     """
     c_skip = PREDICTIONS[choose("prediction", prediction, PREDICTIONS)].c_skip
     if not 0 <= rescale <= 1:

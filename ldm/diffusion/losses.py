@@ -38,9 +38,10 @@ def min_snr_weights(alphas_cumprod: Array, prediction: str, gamma: float) -> Arr
 class DiffusionLoss:
     """Mean squared error of a network's prediction at random levels of a schedule, per sample: Ho et al. 2020, eq. 14.
 
-    prediction: a name of PREDICTIONS. snr_gamma: min-SNR weighting with this gamma (the paper's is 5); None weighs all
-    alike. UsageError: unknown prediction, gamma not above 0, or epsilon with a zero terminal SNR schedule (there the
-    network's input is the noise, so that level teaches nothing and could not be sampled from).
+    prediction: a name of PREDICTIONS.
+    snr_gamma: min-SNR weighting with this gamma (the paper's is 5); None weighs all levels alike.
+    UsageError: unknown prediction, gamma not above 0, or epsilon with a schedule of zero terminal SNR (at that level
+    the network's input is the noise itself, which teaches nothing, and sampling could not begin there).
     """
 
     schedule: NoiseSchedule

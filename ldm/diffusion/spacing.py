@@ -2,10 +2,14 @@
 
 The spacings are those of Lin et al. 2023 (arXiv:2305.08891), table 2; for 4 steps of 1000 in the Euler family: leading
 750 500 250 0 (+ steps_offset), trailing 999 749 499 249, linspace 999 666 333 0. Three things differ on purpose:
-linspace with one step visits the last timestep where diffusers visits the first, which no noise belongs to; more steps
-than the schedule has are refused where diffusers repeats timesteps or leaves the schedule; and each step of DDIM ends
-at the next level visited, where diffusers' DDIM goes down T // n timesteps whatever the spacing, and so calls the
-network at another level than x has whenever these are two things (linspace; trailing when n does not divide T).
+
+- linspace with one step visits the last timestep; diffusers visits the first, where a run from noise cannot begin;
+- more steps than the schedule has are refused; diffusers repeats timesteps or leaves the schedule;
+- each step of DDIM ends at the next level visited; diffusers' goes down T // n timesteps whatever the spacing, and then
+  calls the network at another level than x has (linspace; trailing when n does not divide T).
+
+With the cosine schedule and Karras levels diffusers' DPM-Solver cuts timesteps off where it rounds them otherwise; here
+they are rounded.
 """
 
 import math
@@ -24,11 +28,11 @@ FINALS = ("zero", "sigma_min")
 class Levels(NamedTuple):
     """The noise levels of a run of n steps, as Python floats, so that no step waits for a device.
 
-    sigmas: n + 1 levels; step i goes from sigmas[i] to sigmas[i + 1]. Where the last is above 0 the result is x0 +
-    sigma * noise still, and whoever ran it scales it into the network's frame: x * c_in(sigmas[-1]). timesteps: n
-    times, timesteps[i] being what the network is told at sigmas[i]; fractional in some families. start: the factor of
-    unit noise to begin with, x = start * noise: sigmas[0], or sqrt(1 + sigmas[0]^2) where diffusers takes the noise for
-    a network's input. (To begin from an image: x = image + sigmas[i] * noise.)
+    sigmas: n + 1 levels; step i goes from sigmas[i] to sigmas[i + 1]. Where the last is above 0 the result is still
+        x0 + sigma * noise, and whoever ran it scales it into the network's frame: x * c_in(sigmas[-1]).
+    timesteps: n times; timesteps[i] is what the network is told at sigmas[i]; fractional in the Euler family.
+    start: a run from nothing begins with x = start * unit noise: sigmas[0], or sqrt(1 + sigmas[0]^2) where diffusers
+        takes the noise for a network's input. One from an image begins with x = image + sigmas[i] * noise.
     """
 
     sigmas: tuple[float, ...]
@@ -40,9 +44,11 @@ class Levels(NamedTuple):
 class Spacing:
     """How a run's levels are chosen; the fields are those of diffusers' scheduler_config.json.
 
-    timestep_spacing: a name of SPACINGS. steps_offset: added to "leading" times. use_karras_sigmas: the levels of
-    Karras et al. 2022, eq. 5, rho = 7. final_sigmas_type: "zero", or "sigma_min" to end at the schedule's lowest level
-    (DDIM's set_alpha_to_one = False). UsageError: an unknown name (the nearest is offered).
+    timestep_spacing: a name of SPACINGS.
+    steps_offset: added to the times of "leading"; the others ignore it.
+    use_karras_sigmas: the levels of Karras et al. 2022, eq. 5, rho = 7, over a range that depends on the family.
+    final_sigmas_type: "zero", or "sigma_min" to end at the schedule's lowest level (DDIM's set_alpha_to_one = False).
+    UsageError: an unknown name (the nearest is offered).
     """
 
     timestep_spacing: str = "leading"
@@ -59,9 +65,10 @@ class Spacing:
 class Family:
     """What a family of diffusers' schedulers makes of a spacing.
 
-    unvisited: points laid out below the n visited ones by leading and linspace (1 where the run's end is one of them).
-    whole: timesteps are rounded to integers. karras_over: the range of Karras levels, "visited" (by the spacing) or
-    "trained". terminal_sigma: the finite level that stands for infinity when a schedule has zero terminal SNR.
+    unvisited: how many points leading and linspace lay out below the n visited ones (1: they count the run's end).
+    whole: timesteps are rounded to integers.
+    karras_over: the range of Karras levels, "visited" (by the spacing) or "trained".
+    terminal_sigma: the finite level that stands for infinity when a schedule has zero terminal SNR.
     starts_at_sigma: the spacings whose run begins with sigma * noise instead of sqrt(1 + sigma^2) * noise.
     """
 

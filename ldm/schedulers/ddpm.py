@@ -14,14 +14,14 @@ from ldm.schedulers.solver import Noise, Split, Step, first_order, renewal
 def ddpm(
     denoise: Denoiser, x: Tensor, sigmas: Sequence[float], noise: Noise, *, variance: Variance = "fixed_small"
 ) -> Iterator[Step]:
-    """x_next = sqrt(a_next) b / (1 - a) x0 + sqrt(1 - b) (1 - a_next) / (1 - a) x + deviation * noise: eqs. 6-7,
-    algorithm 2.
+    """x_next = sqrt(a_next) b / (1 - a) x0 + sqrt(1 - b) (1 - a_next) / (1 - a) x + deviation * noise.
 
-    a is alphas_cumprod and b = 1 - a / a_next the variance added between the two levels: beta_t of a run over every
-    timestep, its respaced counterpart (Nichol & Dhariwal 2021, eq. 19) otherwise. Over sqrt(a_next) the mean is x0 +
-    (sigma_next / sigma)^2 (x - x0). variance: "fixed_small", the posterior's, or "fixed_large", b. The last step, to
-    sigma 0, draws no noise, as in the paper (diffusers' fixed_large draws it there unless the timestep is 0).
-    UsageError: unknown variance.
+    Equations 6-7 and algorithm 2; a is alphas_cumprod and b = 1 - a / a_next the variance added between the two levels:
+    beta_t in a run over every timestep, else its respaced counterpart (Nichol & Dhariwal 2021, eq. 19). Divided by
+    sqrt(a_next) the mean reads x0 + (sigma_next / sigma)^2 (x - x0).
+
+    variance: "fixed_small", the posterior's, or "fixed_large", b. The last step, to sigma 0, draws no noise, as in the
+    paper (diffusers' fixed_large draws some there unless the timestep is 0). UsageError: unknown variance.
     """
     return first_order(denoise, x, sigmas, noise, SPLITS[choose("variance", variance, SPLITS)])
 

@@ -10,8 +10,9 @@ from ldm.schedulers.solver import Noise, Step
 
 
 def heun(denoise: Denoiser, x: Tensor, sigmas: Sequence[float], noise: Noise) -> Iterator[Step]:
-    """Second order: the mean of the slopes (x - x0) / sigma at both ends of the step; two network calls, one in a step
-    to 0.
+    """Second order: the mean of the slopes (x - x0) / sigma at both ends of the step.
+
+    Two network calls a step, but one in a step to sigma 0, where it is Euler's; Step.x0 is the first call's.
     """
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         x0 = denoise(x, sigma).x0

@@ -6,7 +6,7 @@ from functools import partial
 
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.diffusion.spacing import Levels, Spacing, levels
-from ldm.errors import choose
+from ldm.errors import UsageError, choose
 from ldm.schedulers.ddim import ddim
 from ldm.schedulers.ddpm import ddpm
 from ldm.schedulers.dpm_solver import dpmpp_2m
@@ -21,10 +21,14 @@ Option = float | bool | str
 class Scheduler:
     """One row: a solver and what belongs to it.
 
-    name: its short name. description: one line. solver: the generator function. family: of diffusion.spacing.FAMILIES,
-    how a spacing is read. diffusers_class: the class whose numbers it has. spacing: the grid when none is chosen, that
-    of the class. aliases: other names people know it by (A1111's). options: keyword arguments of the solver. reads:
-    fields of a scheduler_config.json that this class heeds beyond those all share.
+    name: its short name.
+    description: one line for a list of schedulers.
+    solver: the function; it takes `options` as keyword arguments beyond those of Solver.
+    family: a name of diffusion.spacing.FAMILIES, how a spacing is read.
+    diffusers_class: the class whose numbers it has.
+    spacing: the grid when none is chosen, that of the class.
+    aliases: other names people know it by (A1111's).
+    reads: the fields of a scheduler_config.json that this class heeds beyond those all share.
     """
 
     name: str
@@ -43,9 +47,11 @@ class Scheduler:
 
     def bound(self, options: Mapping[str, Option] | None = None) -> Solver:
         """The solver with these options set. UsageError: an option it does not have."""
-        chosen = {
-            choose(f"option of {self.name}", name, self.options): value for name, value in (options or {}).items()
-        }
+        chosen = dict(options or {})
+        for name in chosen:
+            if name not in self.options:
+                takes = ", ".join(self.options) or "no options"
+                raise UsageError(f"{name!r} is not an option of the scheduler {self.name}; it takes {takes}")
         return partial(self.solver, **chosen)
 
 
@@ -129,8 +135,9 @@ def _names() -> dict[str, Scheduler]:
 
 
 def find(name: str) -> Scheduler:
-    """The scheduler of a short name, an alias or a diffusers class name, in any case. UsageError: none (the nearest is
-    offered).
+    """The scheduler of a short name, an alias or a diffusers class name, in any case.
+
+    UsageError: there is none (the nearest short name is offered).
     """
     names = _names()
     if name.strip().lower() in names:

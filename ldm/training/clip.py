@@ -53,6 +53,10 @@ class Towers(nn.Module):
         pictures = self.vision(images)
         return pictures / pictures.norm(dim=-1, keepdim=True), texts / texts.norm(dim=-1, keepdim=True)
 
+    def scale(self) -> Tensor:
+        """What similarities are multiplied with, at most 100 (sec. 2.5 there)."""
+        return self.logit_scale.clamp(max=np.log(100)).exp()
+
 
 class Contrastive(nn.Module):
     """Symmetric cross-entropy of the similarities of a batch; pairs with equal captions count as matches of each
@@ -66,7 +70,7 @@ class Contrastive(nn.Module):
     def forward(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         images, ids = batch
         pictures, texts = self.towers(to_signal(images), ids)
-        similar = self.towers.logit_scale.clamp(max=np.log(100)).exp() * pictures @ texts.T
+        similar = self.towers.scale() * pictures @ texts.T
         same = (ids[:, None] == ids[None]).all(-1).float()
         wanted = same / same.sum(1, keepdim=True)
         loss = sum(nn.functional.cross_entropy(logits, wanted) for logits in (similar, similar.T)) / 2
@@ -95,12 +99,13 @@ def clip(config: ClipConfig) -> Stage:
     def similarities(towers: nn.Module) -> Tensor:
         device = next(towers.parameters()).device
         pictures, texts = towers(to_signal(images).to(device), ids.to(device))
-        return (texts @ pictures.T).cpu()
+        return torch.mm(texts, pictures.T).cpu()
 
     def held_out(towers: nn.Module) -> dict[str, float]:
         similar = similarities(towers)
         same = (ids[:, None] == ids[None]).all(-1)
-        scaled = similar * float(towers.logit_scale.detach().exp())  # type: ignore[operator]  # Towers
+        assert isinstance(towers, Towers)
+        scaled = similar * float(towers.scale())
         loss = nn.functional.cross_entropy(scaled, same.float() / same.sum(1, keepdim=True))
         return {"loss": float(loss), "retrieval": float(same.gather(1, similar.argmax(1, keepdim=True)).float().mean())}
 

@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
-    """What every training run has; steps are optimiser steps."""
+    """What every training run has; steps are optimiser steps, of gradient_accumulation_steps batches each."""
 
     out: str  # folder of the run: states, samples, curve, result
     steps: int = 1000
@@ -42,6 +42,13 @@ class LoopConfig:
     save_every: int = 500
     sample_every: int = 1000
     keep_states: int = 2  # training states kept in `out`
+
+    def __post_init__(self) -> None:
+        least = dict.fromkeys(("steps", "batch_size", "ema_every", "log_every", "save_every", "sample_every"), 1)
+        least |= dict.fromkeys(("keep_states", "gradient_accumulation_steps"), 1)
+        for name, low in (least | dict.fromkeys(("warmup_steps", "workers", "threads", "seed"), 0)).items():
+            if getattr(self, name) < low:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least {low}")
 
 
 SMALL_VAE = functools.partial(
@@ -100,7 +107,7 @@ class DenoiserConfig:
     beta_start: float = 0.00085
     beta_end: float = 0.012
     rescale_betas_zero_snr: bool = True
-    snr_gamma: float = 5.0
+    snr_gamma: float = 5.0  # min-SNR weighting; 0 weighs all levels alike
     caption_dropout: float = 0.1
     guidance_scale: float = 3.0  # of sample pictures, and the default of the assembled pipeline
     num_inference_steps: int = 20
@@ -126,7 +133,12 @@ def read_config(path: str | Path, kind: type[T], overrides: dict[str, Any] | Non
         *parents, last = key.split(".")
         target = data
         for parent in parents:
-            target = target.setdefault(parent, {})
+            target[parent] = {} if target.get(parent) is None else target[parent]
+            target = target[parent]
+            if not isinstance(target, dict):
+                raise UsageError(
+                    f"{path}: {parent} is {target!r}, which has no field {last!r} to replace with {value!r}"
+                )
         target[last] = value
     known_fields(data, kind, str(path))
     try:
@@ -134,13 +146,14 @@ def read_config(path: str | Path, kind: type[T], overrides: dict[str, Any] | Non
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise UsageError(f"{path}: {where} = {first['input']!r}: {first['msg'].lower()}; correct it there") from None
+        given = "" if isinstance(first["input"], dict) else f" = {first['input']!r}"  # else all fields beside it
+        raise UsageError(f"{path}: {where}{given}: {first['msg'].lower()}; correct it there") from None
 
 
 def known_fields(data: dict[str, Any], kind: type, where: str) -> None:
     """UsageError for the first key of `data`, at any depth, that `kind` has no field for."""
     hints = get_type_hints(kind)
-    names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]  # kinds are dataclasses
+    names = [field.name for field in dataclasses.fields(kind)]
     for key, value in data.items():
         choose(f"field of {where}", str(key), names)
         inner = next((t for t in (hints[key], *get_args(hints[key])) if dataclasses.is_dataclass(t)), None)

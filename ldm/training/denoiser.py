@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ldm.checkpoints.folder import PARTS, Components
-from ldm.checkpoints.safe import atomic_save_safetensors, load_into, read_json
+from ldm.checkpoints.safe import atomic_json, atomic_save_safetensors, load_into, read_json, write_manifest
 from ldm.data.emoji import EmojiScenes
 from ldm.diffusion.losses import DiffusionLoss
 from ldm.errors import UsageError
@@ -62,6 +62,7 @@ class LatentDiffusion(nn.Module):
         self.unet = frozen.unet
         self.text = frozen.text_encoder.requires_grad_(False)
         self.scale = frozen.vae.config.scaling_factor
+        self.empty: Tensor
         self.register_buffer("empty", frozen.tokenizer([""]).ids)
 
     def forward(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -98,7 +99,7 @@ def scheduler_config(config: DenoiserConfig) -> dict[str, object]:
         "timestep_spacing": "trailing",
         "clip_sample": False,
         "set_alpha_to_one": True,
-        "steps_offset": 0,
+        "steps_offset": 1,  # only "leading" heeds it; diffusers warns of any other
     }
 
 
@@ -118,6 +119,7 @@ def components(config: DenoiserConfig) -> Components:
         load_into(models[name], [folder / f"{PARTS[name].stem}.safetensors"])
     unet = UNet(config.unet)
     init_for_training(unet)
+    unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
     tokenizer = CLIPTokenizer.from_folder(Path(config.clip) / "tokenizer", config_window(models["text_encoder"]))
     defaults = {
         "num_inference_steps": config.num_inference_steps,
@@ -125,7 +127,7 @@ def components(config: DenoiserConfig) -> Components:
         "scheduler": config.scheduler,
     }
     return Components(
-        unet=unet.to(memory_format=torch.channels_last),
+        unet=unet,
         vae=models["vae"].eval().requires_grad_(False),  # type: ignore[arg-type]  # built by PARTS["vae"]
         text_encoder=models["text_encoder"].eval(),  # type: ignore[arg-type]
         tokenizer=tokenizer,
@@ -141,14 +143,14 @@ def config_window(text_encoder: nn.Module) -> int:
 
 @torch.inference_mode()
 def encode(vae: AutoencoderKL, tokenizer: CLIPTokenizer, scenes: EmojiScenes, count: int) -> Batch:
-    """Scenes 0 ... count - 1 as (means, deviations) float16 [N, C, H, W], unscaled, and caption ids int16 [N, T]."""
+    """Scenes 0 ... count - 1 as (means, deviations) float16 [N, C, H, W], unscaled, and caption ids int32 [N, T]."""
     means, stds, ids = [], [], []
     for first in range(0, count, ENCODED_AT_ONCE):
         images, captions = zip(*(scenes[i] for i in range(first, min(first + ENCODED_AT_ONCE, count))), strict=True)
         mean, logvar = vae.posterior(to_signal(torch.from_numpy(np.stack(images))).to(vae.quant_conv.weight.device))
         means.append(mean.half().cpu())
         stds.append((0.5 * logvar).exp().half().cpu())
-        ids.append(tokenizer(list(captions)).ids.short())
+        ids.append(tokenizer(list(captions)).ids.int())
         if first % (100 * ENCODED_AT_ONCE) == 0:
             log.info("encoded %d of %d scenes", first, count)
     return tuple(torch.cat(parts) for parts in (means, stds, ids))
@@ -171,6 +173,8 @@ def cached(config: DenoiserConfig, frozen: Components, scenes: EmojiScenes) -> B
 
 def denoiser(config: DenoiserConfig) -> Stage:
     """The stage of a configuration. Its result is a whole model folder; `weights` names a second place for it."""
+    if config.latents < config.loop.batch_size:
+        raise UsageError(f"latents is {config.latents}; it must be at least loop.batch_size, {config.loop.batch_size}")
     frozen = components(config)
     scenes = EmojiScenes(config.corpus, config.loop.seed)
     schedule, prediction = network_of(frozen.scheduler_config)
@@ -182,11 +186,9 @@ def denoiser(config: DenoiserConfig) -> Stage:
 
     def drawing(unet: nn.Module) -> Pipeline:
         assert isinstance(unet, UNet)
-        return Pipeline(
-            Components(
-                unet, frozen.vae, frozen.text_encoder, frozen.tokenizer, frozen.scheduler_config, frozen.generation
-            )
-        )
+        parts = (frozen.vae, frozen.text_encoder, frozen.tokenizer, frozen.scheduler_config, frozen.generation)
+        pipeline = Pipeline(Components(unet, *parts))
+        return pipeline.to(pipeline.device)  # the autoencoder is no part of the objective, which accelerate has moved
 
     @torch.inference_mode()
     def held_out(unet: nn.Module) -> dict[str, float]:
@@ -207,7 +209,8 @@ def denoiser(config: DenoiserConfig) -> Stage:
         pipeline = drawing(unet)
         for place in filter(None, (str(folder), config.weights)):
             pipeline.save_pretrained(place, dtype="fp16")
-            (Path(place) / "vocabulary.json").write_text(json.dumps(scenes.vocabulary(), indent=1) + "\n", "utf-8")
+            atomic_json(Path(place) / "vocabulary.json", scenes.vocabulary())
+            write_manifest(place)
 
     batches = LatentBatches(cached(config, frozen, scenes), config.loop.batch_size, config.loop.seed)
     return Stage(objective, objective.unet, batches, held_out, picture, export)

@@ -2,7 +2,6 @@
 al. 2021).
 """
 
-import json
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.data import Dataset
 
+from ldm.checkpoints.safe import atomic_folder, atomic_json, atomic_save_safetensors
 from ldm.data.emoji import EmojiScenes, Scene
 from ldm.models.discriminator import PatchGAN
 from ldm.models.vae import AutoencoderKL
@@ -85,10 +84,9 @@ class FirstStage(nn.Module):
     def __init__(self, config: FirstStageConfig) -> None:
         super().__init__()
         self.config = config
-        self.vae = AutoencoderKL(config.vae).to(memory_format=torch.channels_last)
-        self.discriminator = PatchGAN(config.vae.in_channels, config.disc_width, 2).to(
-            memory_format=torch.channels_last
-        )
+        self.vae = AutoencoderKL(config.vae)
+        self.discriminator = PatchGAN(config.vae.in_channels, config.disc_width, 2)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
 
     def forward(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         c, x = self.config, to_signal(batch[0])
@@ -105,7 +103,7 @@ class FirstStage(nn.Module):
             "kl": kl.detach(),
             "psnr": psnr(x, y).mean().detach(),
         }
-        if step >= c.disc_start:
+        if step // c.loop.gradient_accumulation_steps >= c.disc_start:
             weights = {name: p.detach() for name, p in self.discriminator.named_parameters()}
             generator_loss = -functional_call(self.discriminator, weights, (y,)).mean()
             weight = c.disc_weight * self.adaptive_weight(reconstruction, generator_loss)
@@ -121,7 +119,8 @@ class FirstStage(nn.Module):
         """
         last = self.vae.decoder.conv_out.weight
         norms = [torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss in (reconstruction, adversarial)]
-        return (norms[0] / (norms[1] + 1e-4)).clamp(0, 1e4).detach()
+        ratio: Tensor = norms[0] / (norms[1] + 1e-4)
+        return ratio.clamp(0, 1e4).detach()
 
 
 def multiscale_l1(x: Tensor, y: Tensor, scales: int) -> Tensor:
@@ -172,7 +171,9 @@ def first_stage(config: FirstStageConfig) -> Stage:
     return Stage(
         objective,
         objective.vae,
-        SceneBatches(scenes, config.loop.batch_size, config.crop, config.crops),
+        SceneBatches(
+            scenes, config.loop.batch_size, config.crop, config.crops * config.loop.gradient_accumulation_steps
+        ),
         held_out,
         picture,
         export,
@@ -182,7 +183,7 @@ def first_stage(config: FirstStageConfig) -> Stage:
 @torch.inference_mode()
 def measured_scale(vae: AutoencoderKL, images: Tensor) -> float:
     """1 / standard deviation of the raw latents (samples of the posterior) of these images."""
-    raw = []
+    raw: list[Tensor] = []
     for part in images.split(64):
         mean, logvar = vae.posterior(part.to(vae.quant_conv.weight.device))
         raw.append(
@@ -201,7 +202,7 @@ def tile(images: Tensor, columns: int) -> Image.Image:
 
 
 def save_model(model: nn.Module, config: dict[str, object], folder: Path, name: str) -> None:
-    """A model's weights (float32, contiguous) and config.json, as a part of a diffusers folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
-    save_file({k: v.cpu().contiguous() for k, v in model.state_dict().items()}, folder / name, {"format": "pt"})
+    """A model's weights and config.json, as a part of a diffusers folder; whole or not at all."""
+    with atomic_folder(folder) as staging:
+        atomic_json(staging / "config.json", config)
+        atomic_save_safetensors(model.state_dict(), staging / name)

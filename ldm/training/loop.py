@@ -24,7 +24,7 @@ Batch = tuple[Tensor, ...]
 
 
 class Objective(Protocol):
-    """What is minimised: an nn.Module whose call gives the loss of one batch and figures to log."""
+    """What is minimised: an nn.Module whose call gives the loss of batch number `step` and figures to log."""
 
     def __call__(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]: ...
 
@@ -35,7 +35,7 @@ class Stage:
 
     objective: nn.Module  # an Objective; all its parameters that require gradients are trained
     model: nn.Module  # the part of the objective whose running average is the result
-    batches: Dataset[Batch]  # batches[step] depends on the step alone, so that a resumed run sees the same ones
+    batches: Dataset[Batch]  # batches[i] depends on i alone, so that a resumed run sees the same ones
     held_out: Callable[[nn.Module], dict[str, float]]  # figures of the averaged model on fixed held-out data and noise
     picture: Callable[[nn.Module], Image.Image]  # what the averaged model draws now
     export: Callable[[nn.Module, Path], None]  # writes the result into a folder
@@ -45,7 +45,7 @@ class Progress(NamedTuple):
     """What the loop tells after every step."""
 
     step: int  # steps done
-    figures: dict[str, float]  # empty except every log_every steps: reading them waits for the device
+    figures: dict[str, float]  # empty except every log_every steps and on saving: reading them waits for the device
     saved: Path | None  # the state written after this step
 
 
@@ -82,43 +82,47 @@ def train(stage: Stage, c: LoopConfig, run: dict[str, Any], ema: EMA) -> Iterato
     modules = {"objective": accelerator.unwrap_model(objective), "ema": ema.model}
     done = load_state(found[-1], modules, optimizer.optimizer, run) if (found := states(Path(c.out))) else 0
 
-    # One batch a step, made ahead by the workers. Process r of n takes every n-th.
-    own = range(
-        done * accelerator.num_processes + accelerator.process_index,
-        c.steps * accelerator.num_processes,
-        accelerator.num_processes,
-    )
+    # `passes` batches a step, made ahead by the workers. Process r of n takes every n-th.
+    passes, n = c.gradient_accumulation_steps, accelerator.num_processes
+    own = range(done * passes * n + accelerator.process_index, c.steps * passes * n, n)
     loader = DataLoader(
         stage.batches, batch_size=None, sampler=own, num_workers=c.workers, prefetch_factor=4 if c.workers else None
     )
-    for step, batch in zip(range(done, c.steps), loader, strict=True):
+    for index, batch in zip(range(done * passes, c.steps * passes), loader, strict=True):
+        step, rest = divmod(index, passes)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, c)
         with accelerator.accumulate(objective):
-            loss, figures = objective(tuple(part.to(accelerator.device, non_blocking=True) for part in batch), step)
+            loss, figures = objective(tuple(part.to(accelerator.device, non_blocking=True) for part in batch), index)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(trained, c.max_grad_norm)
-                figures["grad_norm"] = norm
+                figures["grad_norm"] = accelerator.clip_grad_norm_(trained, c.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
+        if rest + 1 < passes:
+            continue
         if (step + 1) % c.ema_every == 0:
             ema.update(step // c.ema_every)
-        last = step + 1 == c.steps
-        logged = (
-            {"loss": float(loss.detach()), **{k: float(v) for k, v in figures.items()}}
-            if last or (step + 1) % c.log_every == 0
-            else {}
-        )
-        if not all(math.isfinite(v) for v in logged.values()):
-            raise NumericalError(
-                f"the loss is not finite at step {step + 1} ({logged}); lower the learning rate and go on from "
-                f"the last state"
-            )
-        saved = None
-        if accelerator.is_main_process and (last or (step + 1) % c.save_every == 0):
+        last, logged, saved = step + 1 == c.steps, dict[str, float](), None
+        saving = last or (step + 1) % c.save_every == 0
+        if saving or (step + 1) % c.log_every == 0:
+            logged = finite(loss, figures, step + 1, c)  # before saving: no state holds what came of such a loss
+        if saving and accelerator.is_main_process:
             saved = save_state(Path(c.out), step + 1, modules, optimizer.optimizer, run, c.keep_states)
         yield Progress(step + 1, logged, saved)
+
+
+def finite(loss: Tensor, figures: dict[str, Tensor], step: int, c: LoopConfig) -> dict[str, float]:
+    """The figures of a step as numbers. NumericalError unless all are finite."""
+    logged = {"loss": float(loss.detach()), **{name: float(value) for name, value in figures.items()}}
+    # In fp16 a gradient may overflow: that step is left out, and the next one scaled down.
+    bad = [k for k, v in logged.items() if not math.isfinite(v) and (k, c.mixed_precision) != ("grad_norm", "fp16")]
+    if bad:
+        raise NumericalError(
+            f"{', '.join(bad)} not finite at step {step} ({logged}); lower the learning rate and go on from the last "
+            "state"
+        )
+    return logged
 
 
 def run_stage(stage: Stage, config: Any) -> Iterator[Progress]:
@@ -135,7 +139,8 @@ def run_stage(stage: Stage, config: Any) -> Iterator[Progress]:
         first = progress.step - 1 if first is None else first
         last = progress.step == c.steps
         if progress.figures:
-            pace = (progress.step - first) * c.batch_size / (time.perf_counter() - begun)
+            images = (progress.step - first) * c.batch_size * c.gradient_accumulation_steps
+            pace = images / (time.perf_counter() - begun)
             rows = {"step": progress.step, **progress.figures, "images_per_second": pace}
             if progress.saved:
                 rows |= {f"held_out_{k}": v for k, v in stage.held_out(ema.model).items()}

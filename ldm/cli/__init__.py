@@ -1,0 +1,94 @@
+"""The command `ldm`, one file per command group. Heavy packages are imported inside the commands, never for help."""
+
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from typer.main import get_command
+
+from ldm import __version__
+from ldm.cli.common import examples, missing, say
+from ldm.cli.data import app as data
+from ldm.cli.evaluate import app as evaluate
+from ldm.cli.generate import generate
+from ldm.cli.schedulers import schedulers
+from ldm.cli.train import app as train
+from ldm.errors import LdmError
+
+app = typer.Typer(
+    rich_markup_mode="rich",
+    epilog=examples(
+        'ldm generate "a taco on a red background"',
+        'ldm generate "an owl" "a pizza" -n 4 --seed 7 -o out/',
+        "ldm generate --help",
+    ),
+)
+app.add_typer(train, name="train")
+app.add_typer(data, name="data")
+app.add_typer(evaluate, name="eval")
+app.command(
+    epilog=examples(
+        'ldm generate "a taco on a red background"',
+        'ldm generate "an owl on a blue background" -n 4 --seed 7 -o owls/',
+        'ldm generate "an owl" "a pizza" --steps 30 --scheduler dpm++2m -o "out/{index:03}-{seed}.png"',
+        'ldm generate "a cat" --model path/to/model-folder --size 512x512 --device cuda --dtype fp16 -o cat.jpg',
+    )
+)(generate)
+app.command(epilog=examples("ldm schedulers", 'ldm generate "an owl" --scheduler euler_a'))(schedulers)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"ldm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="show the version and exit")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error; may stand anywhere")] = False,
+) -> None:
+    """Latent diffusion from end to end: train, draw, judge."""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command (of sys.argv when None) and leave with its code: 0 done, 1 failed, 2 wrongly used, 130 Ctrl-C.
+
+    An error is one sentence on stderr, with the traceback before it after --debug.
+    """
+    words = list(sys.argv[1:] if args is None else args) or ["--help"]
+    options = words[: words.index("--")] if "--" in words else words
+    debug = "--debug" in options
+    words = [word for word in options if word != "--debug"] + words[len(options) :]
+    try:
+        code = get_command(app).main(words, prog_name="ldm", standalone_mode=False)
+    except Exception as error:  # the last door: whatever went wrong is said, and is the exit code
+        if debug:
+            traceback.print_exc()
+        sentence, code = verdict(error)
+        say(f"error: {' '.join(sentence.split())}")
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def verdict(error: Exception) -> tuple[str, int]:
+    """What is said of an error, and the exit code it gives."""
+    if isinstance(error, LdmError):
+        return str(error), error.exit_code
+    if isinstance(error, USAGE):
+        misuse: Any = error
+        where = misuse.ctx.command_path if misuse.ctx else "ldm"
+        return f"{misuse.format_message().rstrip('.')}; see {where} --help", misuse.exit_code
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("ldm."):
+        return missing(error.name.partition(".")[0]), 1
+    if isinstance(error, OSError) and error.strerror:
+        named = f"{error.filename}: " if error.filename else ""
+        return f"{named}{error.strerror.lower()}; run again with --debug to see where", 1
+    return f"{type(error).__name__}: {error}; this is a fault of ldm, run again with --debug to see where", 1
+
+
+# What the parser raises. Typer brings its own copy of click in newer versions and exports this one subclass of it.
+USAGE = typer.BadParameter.__mro__[1]

@@ -1,0 +1,116 @@
+"""What the commands share: options, help texts, lines on stderr, and checks before any work. Imports nothing heavy."""
+
+import os
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ldm.errors import LdmError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, ProgressColumn
+
+# Packages that only an extra brings, and the extra.
+EXTRAS = {"accelerate": "train", "matplotlib": "train"}
+
+Model = Annotated[
+    str | None, typer.Option("--model", metavar="FOLDER", help="model folder; absent = the model in the box")
+]
+Device = Annotated[
+    str | None, typer.Option("--device", metavar="NAME", help="cpu, cuda or cuda:N; absent = cuda if there is one")
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option("--dtype", metavar="NAME", help="fp32, bf16 or fp16; absent = fp32 on the CPU, bf16 on cuda"),
+]
+
+
+def examples(*lines: str) -> str:
+    """The Examples block of a help page."""
+    return "\n\n".join(["[bold]Examples[/bold]", *(f"$ {line}".replace("[", r"\[") for line in lines)])
+
+
+def number(text: str | float) -> float:
+    """A parser of options that says what came, for typer's `parser`."""
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no number") from None
+
+
+def whole(low: int | None = None, high: int | None = None) -> Callable[[str | int], int]:
+    """The same for whole numbers, from `low` to `high` if they are given."""
+    ends = f"from {low} to {high}" if high is not None else f"of at least {low}"
+
+    def parse(text: str | int) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise typer.BadParameter(f"{text!r} is no whole number") from None
+        if (low is not None and value < low) or (high is not None and value > high):
+            raise typer.BadParameter(f"{value} is no whole number {ends}")
+        return value
+
+    return parse
+
+
+def say(text: str) -> None:
+    """One line for the person, on stderr: stdout is for what programs read."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def terminal() -> bool:
+    """Whether a person watches stderr."""
+    return sys.stderr.isatty()
+
+
+def progress_bar(*columns: "ProgressColumn | str") -> "Progress":
+    """A bar on stderr that is gone when it is done; nothing at all where stderr is no terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    # What goes to stdout meanwhile is shown above the bar if it is the same terminal, and else must stay on stdout.
+    same, silent = sys.stdout.isatty(), not terminal()
+    return Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=same, disable=silent)
+
+
+def needs(*packages: str) -> None:
+    """LdmError naming the extra to install, for the first of these packages that is absent."""
+    for package in packages:
+        if find_spec(package) is None:
+            raise LdmError(missing(package))
+
+
+def missing(package: str) -> str:
+    """What to do about a package that is not installed."""
+    extra = f"[{EXTRAS[package]}]" if package in EXTRAS else ""
+    return f"{package} is not installed, and this command needs it; run: pip install 'ldm-toolkit{extra}'"
+
+
+def refuse_unwritable(path: Path) -> None:
+    """LdmError unless a file can be made at `path`; nothing is touched. Folders that are missing may be made later."""
+    folder = path.parent
+    while not os.path.exists(folder):
+        folder = folder.parent
+    if path.is_dir():
+        problem = "it is a folder"
+    elif not folder.is_dir():
+        problem = f"{folder} is not a folder"
+    elif not os.access(folder, os.W_OK | os.X_OK):  # also where the file system is mounted read-only
+        problem = f"the folder {folder} is not writable"
+    else:
+        return
+    raise LdmError(f"cannot write {path}: {problem}; choose another place with -o")
+
+
+def free_name(path: Path, taken: "set[Path] | frozenset[Path]" = frozenset()) -> Path:
+    """`path`, or with -2, -3 ... before its suffix the first that neither exists nor is in `taken`."""
+    found, number = path, 1
+    while found in taken or os.path.lexists(found):
+        number += 1
+        found = path.with_stem(f"{path.stem}-{number}")
+    return found

@@ -1,0 +1,80 @@
+"""`ldm eval`: judge a model."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ldm.cli.common import Device, Dtype, Model, examples, number, progress_bar, refuse_unwritable, say, whole
+from ldm.errors import UsageError
+
+if TYPE_CHECKING:
+    from ldm.data.emoji import EmojiScenes
+
+app = typer.Typer(help="Judge a model.", epilog=examples("ldm eval alignment"))
+
+
+@app.callback()
+def group() -> None:
+    """Judge a model."""
+
+
+@app.command(
+    epilog=examples("ldm eval alignment", "ldm eval alignment --model path/to/model-folder --n 50 -o out/judged --json")
+)
+def alignment(
+    model: Model = None,
+    n: Annotated[int, typer.Option("--n", "-n", parser=whole(1), metavar="N", help="held-out prompts")] = 200,
+    seed: Annotated[
+        int, typer.Option("--seed", parser=whole(0), metavar="N", help="of the first picture; the next ones count up")
+    ] = 0,
+    scheduler: Annotated[str | None, typer.Option("--scheduler", metavar="TEXT", help="absent = the model's")] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", parser=whole(), metavar="N", help="absent = the model's")
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option("--guidance", parser=number, metavar="NUMBER", help="absent = the model's")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", metavar="FILE", help="the denoiser's YAML file, for an unusual corpus")
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FOLDER", help="where table, verdicts and pictures go")
+    ] = Path("out/alignment"),
+    as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON in place of the table")] = False,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Judge whether pictures show what their prompts say, on held-out prompts of the corpus."""
+    refuse_unwritable(output / "alignment.json")
+    from ldm.data.emoji import CorpusConfig, EmojiScenes
+    from ldm.evaluation.alignment import Report, evaluate
+    from ldm.pipeline import Pipeline, model_in_the_box
+    from ldm.training.config import DenoiserConfig, read_config
+
+    scenes = EmojiScenes(read_config(config, DenoiserConfig).corpus if config else CorpusConfig())
+    refuse_other_corpus(Path(model) if model else model_in_the_box(), scenes)
+    pipeline = Pipeline.from_pretrained(model, device=device, dtype=dtype)
+    if scheduler is not None:  # the model's own choice from here on, which the judging leaves as it is
+        pipeline.components.generation["scheduler"] = pipeline.sampling(scheduler).scheduler.name
+    judged = evaluate(pipeline, scenes, n, seed, steps=steps, guidance=guidance)
+    with progress_bar() as bar:
+        task = bar.add_task("drawing and judging", total=n)
+        for item in judged:
+            if isinstance(item, Report):
+                report = item
+            else:
+                bar.advance(task)
+    report.save(output)
+    print(json.dumps(report.to_dict()) if as_json else report.table())
+    say(f"the table, the verdicts and the pictures are in {output}")
+
+
+def refuse_other_corpus(model: Path, scenes: "EmojiScenes") -> None:
+    """UsageError when a model's vocabulary.json lists other objects than this corpus: verdicts would mean nothing."""
+    from ldm.checkpoints.safe import read_json
+
+    path = model / "vocabulary.json"
+    if path.is_file() and read_json(path).get("objects") != scenes.vocabulary()["objects"]:
+        raise UsageError(f"{path} lists other objects than the corpus; name the denoiser's YAML file with --config")
