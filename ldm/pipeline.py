@@ -232,7 +232,7 @@ class Pipeline:
             raise UsageError(f"{len(negative)} negative prompts for {total} prompts; give one, or one for each")
         parts = [self.encode(positive, order.clip_skip, prompt_embeds)]
         if guiding:
-            parts.insert(0, self.encode(negative, order.clip_skip, negative_embeds))
+            parts.insert(0, self.encode(negative, None, negative_embeds))  # diffusers' clip_skip is the prompt's alone
             shapes = [list(part.context.shape) for part in parts]
             if shapes[0] != shapes[1]:
                 raise UsageError(

@@ -49,7 +49,7 @@ class Request:
     )
     eta: float | None = _option(None, "0..1: fresh noise of DDIM and Euler a")
     clip_skip: int | None = _option(
-        None, "how many of the text encoder's last layers to leave out (diffusers' counting)"
+        None, "how many of the text encoder's last layers the prompt skips (diffusers' counting)"
     )
     output_type: str = _option(
         "pil", "pil, pt (tensor [B, 3, H, W] in 0..1), np (array [B, H, W, 3] in 0..1) or latent"

@@ -1,8 +1,9 @@
 """Endless captioned scenes of emoji: the corpus of the model in the box, and the ground truth it is judged by.
 
-A scene is one to four objects on a coloured background, with a caption that says exactly what is drawn. Glyphs are rendered from the
-Noto Color Emoji font (SIL Open Font License 1.1); their names are CLDR short names. Scene i of a corpus depends on (config, seed, i)
-alone. A fixed, hash-based share of the combinations is held out: training never sees them, judging draws only from them.
+A scene is one to four objects on a coloured background, with a caption that says exactly what is drawn. Glyphs are
+rendered from the Noto Color Emoji font (SIL Open Font License 1.1); their names are CLDR short names. Scene i of a
+corpus depends on (config, seed, i) alone. A fixed, hash-based share of the combinations is held out: training never
+sees them, judging draws only from them.
 """
 
 import hashlib
@@ -21,8 +22,9 @@ from PIL import Image, ImageFont
 from ldm.errors import LdmError, UsageError
 
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
-    "red": (214, 40, 40), "orange": (244, 140, 36), "yellow": (250, 214, 60), "green": (46, 160, 72), "blue": (44, 92, 214),
-    "purple": (128, 56, 172), "pink": (250, 156, 196), "brown": (122, 76, 46), "black": (18, 18, 18), "white": (246, 246, 246),
+    "red": (214, 40, 40), "orange": (244, 140, 36), "yellow": (250, 214, 60), "green": (46, 160, 72),
+    "blue": (44, 92, 214), "purple": (128, 56, 172), "pink": (250, 156, 196), "brown": (122, 76, 46),
+    "black": (18, 18, 18), "white": (246, 246, 246),
 }  # fmt: skip
 RELATIONS = ("to the left of", "to the right of", "above", "below")
 COUNTS = {2: "two", 3: "three", 4: "four"}
@@ -124,8 +126,9 @@ def with_article(noun: str) -> str:
 
 def plural(noun: str) -> str:
     """The plural of a CLDR short name: bananas, peaches, cherries, mice."""
-    irregular = {"mouse": "mice", "goose": "geese", "ox": "oxen", "fish": "fish", "sheep": "sheep", "deer": "deer", "knife": "knives",
-                 "leaf": "leaves", "loaf": "loaves", "tooth": "teeth", "wolf": "wolves", "bison": "bison", "squid": "squid"}  # fmt: skip
+    irregular = {"mouse": "mice", "goose": "geese", "ox": "oxen", "fish": "fish", "sheep": "sheep", "deer": "deer",
+                 "knife": "knives", "leaf": "leaves", "loaf": "loaves", "tooth": "teeth", "wolf": "wolves",
+                 "bison": "bison", "squid": "squid"}  # fmt: skip
     head, _, last = noun.rpartition(" ")
     if last in irregular:
         last = irregular[last]
@@ -139,7 +142,7 @@ def plural(noun: str) -> str:
 
 
 def all_glyphs() -> list[Glyph]:
-    """Every emoji the corpus may draw: countable things with plain names (no flags, keycaps, zodiac or religious signs, gestures)."""
+    """Every emoji the corpus may draw: plain names, no flags, keycaps, zodiac or religious signs, gestures."""
     lines = files("ldm.data").joinpath("emoji.tsv").read_text("utf-8").splitlines()
     rows = (line.split("\t") for line in lines if not line.startswith("#"))
     glyphs = [Glyph(name, code, subgroup) for code, subgroup, name in rows]
@@ -152,7 +155,7 @@ def all_glyphs() -> list[Glyph]:
 
 def is_plural(name: str) -> bool:
     """Whether a name is already a plural ('grapes', 'socks'), which 'a' and counts do not go with."""
-    return name.endswith("s") and not name.endswith(("ss", "us", "cactus", "dress")) or " with " in name
+    return (name.endswith("s") and not name.endswith(("ss", "us"))) or " with " in name
 
 
 def share(*words: str) -> float:
@@ -161,7 +164,10 @@ def share(*words: str) -> float:
 
 
 def find_font() -> Path:
-    """The Noto Color Emoji font: $LDM_EMOJI_FONT, or where systems keep fonts. Needed to train and to judge, never to draw."""
+    """The Noto Color Emoji font: $LDM_EMOJI_FONT, or where systems keep fonts.
+
+    Needed to train and to judge, never to draw. LdmError: it is not there.
+    """
     named = os.environ.get("LDM_EMOJI_FONT")
     places = (
         [Path(named)]
@@ -228,12 +234,15 @@ class EmojiScenes:
         return SceneSpec((name,), background, size=rng.choice(("small", "large")) if rng.random() < c.sized else "")
 
     def held_out_specs(self, n: int, seed: int, kind: str) -> list[SceneSpec]:
-        """n held-out combinations of one kind, canonical size, decided by the seed alone. No combination comes a second time before
-        all came once: of single objects a corpus holds out only a few dozen. UsageError when it holds out none."""
+        """n held-out combinations of one kind, canonical size, decided by the seed alone.
+
+        None comes a second time before all came once: of single objects a corpus holds out only a few dozen. UsageError
+        when it holds out none.
+        """
         rng, found = random.Random(f"held-out {kind} {seed}"), dict[SceneSpec, None]()
         known = self.held_out_count(kind)
         if not known:
-            raise UsageError(f"the corpus holds out no {kind!r} scene; give it more objects, or a larger held_out share")
+            raise UsageError(f"the corpus holds out no {kind!r} scene; give it more objects or a larger held_out share")
         while len(found) < min(n, known):
             spec = self.spec(rng, kind)
             if self.is_held_out(spec) and not spec.size:
@@ -314,7 +323,8 @@ class EmojiScenes:
         ink = canvas.getbbox()
         if ink is None:
             raise LdmError(
-                f"the emoji font has no glyph for {name!r} (U+{self.glyphs[name].code}); install a newer Noto Color Emoji"
+                f"the emoji font has no glyph for {name!r} (U+{self.glyphs[name].code}); "
+                "install a newer Noto Color Emoji"
             )
         return canvas.crop(ink)
 

@@ -1,1 +1,1 @@
-"""How good a model is, measured: pictures against their prompts (alignment.py), autoencoders against pictures (reconstruction.py)."""
+"""How good a model is: pictures against their prompts (alignment.py), the first stage (reconstruction.py)."""

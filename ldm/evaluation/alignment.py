@@ -1,14 +1,14 @@
 """Does the picture show what the prompt says? Judged from the corpus' ground truth, without any network.
 
-    for item in evaluate(pipeline, EmojiScenes()):   # a Judged after every picture, then one Report
-        ...
-    print(item.table())
+for item in evaluate(pipeline, EmojiScenes()):   # a Judged after every picture, then one Report
+    ...
+print(item.table())
 """
 
 import math
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ldm.checkpoints.safe import atomic_json, atomic_text
-from ldm.data.emoji import BACKGROUNDS, SIDES, SIDES_BY_COUNT, EmojiScenes, Scene, SceneSpec
+from ldm.data.emoji import BACKGROUNDS, SIDES, SIDES_BY_COUNT, CorpusConfig, EmojiScenes, Scene, SceneSpec
 from ldm.errors import UsageError
 from ldm.evaluation.matching import SIDE, Array, Sighting, Templates, shrunk
 from ldm.evaluation.reconstruction import first_stage_psnr
@@ -34,11 +34,13 @@ TARGETS = {"background": 0.90, "object": 0.70, "relation": 0.20}
 def prompts(scenes: EmojiScenes, n: int = 200, seed: int = PROMPT_SEED) -> list[SceneSpec]:
     """The fixed held-out prompts of a corpus, of every ten seven single objects and three relations, in turn.
 
-    They depend on the corpus' objects and hold-out and on the seed alone; fewer are the first ones of more. A corpus holds out few
-    single objects: after all came once they come again (each picture has its own noise).
+    They depend on the corpus' objects and hold-out and on the seed alone, not on the shares of kinds or the seed of a
+    training run; fewer are the first ones of more. A corpus holds out few single objects: after all came once they come
+    again (each picture has its own noise).
     """
     pairs = [i % 10 in PAIRS_OF_TEN for i in range(n)]
-    kinds = {k: iter(scenes.held_out_specs(pairs.count(k), seed, "pair" if k else "single")) for k in (False, True)}
+    fixed = EmojiScenes(replace(scenes.config, sized=CorpusConfig.sized))
+    kinds = {k: iter(fixed.held_out_specs(pairs.count(k), seed, "pair" if k else "single")) for k in (False, True)}
     return [next(kinds[k]) for k in pairs]
 
 
@@ -85,9 +87,10 @@ class Judge:
     def judge(self, image: NDArray[np.uint8], spec: SceneSpec) -> Verdict:
         """The verdict on a square picture, uint8 [S, S, 3] of any S. UsageError for another shape or type."""
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[0] != image.shape[1] or image.shape[2] != 3:
-            raise UsageError(f"a picture of shape {list(image.shape)} and type {image.dtype}; the judge takes uint8 [S, S, 3]")
+            got = f"a picture of shape {list(image.shape)} and type {image.dtype}"
+            raise UsageError(f"{got}; the judge takes uint8 [S, S, 3]")
         name, colour = background(image)
-        difference = shrunk(image.transpose(2, 0, 1) / np.float32(255)) - colour[:, None, None]
+        difference = shrunk(image.transpose(2, 0, 1).astype(np.float32) / 255) - colour[:, None, None]
         templates = self.templates(spec)
         if spec.relation:
             rankings = best_split(difference, colour, templates)
@@ -138,7 +141,7 @@ def best_split(difference: Array, colour: Array, templates: Templates) -> list[l
 
 
 def stands(spec: SceneSpec, seen: Sequence[Sighting]) -> bool:
-    """Whether the two things seen are the spec's objects in the spec's relation, judged along the longer axis between their centres."""
+    """Whether the two things seen are the spec's objects in its relation, on the longer axis between their centres."""
     at = {s.name: s.centre for s in seen}
     if set(at) != set(spec.objects):
         return False
@@ -151,7 +154,7 @@ def stands(spec: SceneSpec, seen: Sequence[Sighting]) -> bool:
 
 @dataclass(frozen=True)
 class Judged:
-    """One drawn picture and its verdict. `index` of `total` counts from 0; the picture is drawn from `prompt` and `seed`."""
+    """One drawn picture and its verdict. `index` (of `total`) counts from 0; the picture is of `prompt` and `seed`."""
 
     index: int
     total: int
@@ -172,13 +175,14 @@ def evaluate(
     n: int = 200,
     seed: int = 0,
     *,
+    scheduler: str | None = None,
     steps: int | None = None,
     guidance: float | None = None,
     batch_size: int = 8,
 ) -> Iterator["Judged | Report"]:
     """Draw the n fixed held-out prompts of a corpus, picture i from noise seed `seed + i`, and judge them.
 
-    Yields a Judged after every picture (for progress), and at the end one Report. `pipeline` is a Pipeline; steps and guidance: None
+    Yields a Judged after every picture (for progress), and at the end one Report. scheduler, steps, guidance: None
     leaves them to the model. UsageError for n < 1. LdmError when the emoji font is not found.
     """
     if n < 1:
@@ -188,7 +192,12 @@ def evaluate(
         part = specs[first : first + batch_size]
         seeds = tuple(range(seed + first, seed + first + len(part)))
         result = pipeline(
-            [spec.caption() for spec in part], seed=seeds, output_type="np", num_inference_steps=steps, guidance_scale=guidance
+            [spec.caption() for spec in part],
+            seed=seeds,
+            output_type="np",
+            scheduler=scheduler,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
         )
         images = (np.asarray(result.images) * 255).round().astype(np.uint8)
         for i, (spec, image) in enumerate(zip(part, images, strict=True)):
@@ -264,11 +273,15 @@ class Report:
 
     def to_dict(self) -> dict[str, object]:
         """Scores and every picture's verdict, for JSON."""
-        scores = [{"name": s.name, "right": s.right, "of": s.of, "share": s.share, "interval": s.interval} for s in self.scores()]
+        scores = [
+            {"name": s.name, "right": s.right, "of": s.of, "share": s.share, "interval": s.interval, "target": s.target}
+            for s in self.scores()
+        ]
         rows = [
             {
                 "prompt": r.prompt, "seed": r.seed, "background": r.verdict.background, "objects": r.verdict.objects,
-                "objects_top5": r.verdict.objects_top5, "relation": r.verdict.relation, "seen_background": r.verdict.seen_background,
+                "objects_top5": r.verdict.objects_top5, "relation": r.verdict.relation,
+                "seen_background": r.verdict.seen_background,
                 "seen": [{"name": s.name, "box": s.box, "fit": s.fit} for s in r.verdict.seen],
             }
             for r in self.rows

@@ -1,12 +1,13 @@
 """Where in a picture a known glyph stands, by matching renders of it; no network involved.
 
-A picture that shows a glyph with colours c and opacity a on a background b is b + a (c - b). With D = picture - b and T = a (c - b), placing
-the glyph at an offset lowers the squared error of "there is only background" by
+A picture that shows a glyph with colours c and opacity a on a background b is b + a (c - b). With D = picture - b and
+T = a (c - b), placing the glyph at an offset lowers the squared error of "there is only background" by
 
     gain = |D|^2 - |D - T|^2 = 2 <D, T> - |T|^2 <= |D|^2,
 
-with equality only where T explains D exactly, so the largest gain over glyphs, sizes and offsets is the most likely glyph under equal
-noise on every pixel, also for a glyph in nearly the colour of its background. All offsets at once are one correlation, by FFT.
+with equality only where T explains D exactly, so the largest gain over glyphs, sizes and offsets is the most likely
+glyph under equal noise on every pixel, also for a glyph in nearly the colour of its background. All offsets at once are
+one correlation, by FFT.
 """
 
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ class Sighting:
 
 
 class Templates:
-    """Renders of every glyph of a corpus, the longer side from `low` to `high` of the picture's; N of them, glyph by glyph."""
+    """Renders of every glyph, its longer side from `low` to `high` of the picture's; N of them, glyph by glyph."""
 
     def __init__(self, scenes: EmojiScenes, low: float, high: float) -> None:
         S = scenes.config.size
@@ -67,7 +68,9 @@ class Templates:
         for i, sprite in enumerate(sprites):
             canvas[:, i, : sprite.shape[1], : sprite.shape[2]] = sprite
         images = shrunk(canvas)
-        self.spectra = np.conj(np.fft.rfft2(images))  # [4, N, 32, 17] complex64, of premultiplied colours P and opacity A
+        self.spectra = np.conj(
+            np.fft.rfft2(images)
+        )  # [4, N, 32, 17] complex64, of premultiplied colours P and opacity A
         # |P|^2 [N], <P_c, A> [N, 3] and |A|^2 [N]: |T|^2 = |P|^2 - 2 b <P, A> + b^2 |A|^2
         colour, alpha = images[:3], images[3]
         self.energies = (colour**2).sum((0, 2, 3)), np.einsum("cnhw,nhw->nc", colour, alpha), (alpha**2).sum((1, 2))
@@ -105,7 +108,7 @@ class Templates:
         return sorted(found, key=lambda s: -s.gain)
 
     def copies(self, name: str, difference: Array, background: Array, fit: float) -> list[Sighting]:
-        """Where `name` stands, the surest first: the best place, then the best one in what is left without that, while they fit so well."""
+        """Where `name` stands: the best place, then the best in what is left without it, while they fit so well."""
         first, left = self.names.index(name) * len(self.sides), difference.copy()
         found: list[Sighting] = []
         while len(found) < MOST_COPIES:

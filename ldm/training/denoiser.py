@@ -69,12 +69,20 @@ class LatentDiffusion(nn.Module):
         mean, std, ids = batch
         noises = generator(self.config.loop.seed, step)
         kept = torch.rand(len(mean), generator=noises) >= self.config.caption_dropout
-        t = torch.randint(self.loss.schedule.num_train_timesteps, (len(mean),), generator=noises)
+        t = self.timesteps(len(mean), noises)
         sample, noise = (torch.randn(mean.shape, generator=noises).to(mean.device) for _ in range(2))
         x0 = (mean.float() + std.float() * sample) * self.scale
         ids = torch.where(kept.to(ids.device)[:, None], ids.long(), self.empty)
         losses = self.losses(self.unet, x0, ids, t.to(mean.device), noise)
         return losses.mean(), {}
+
+    def timesteps(self, n: int, noises: torch.Generator) -> Tensor:
+        """n random timesteps: evenly, or more often where most of the picture is decided (logit-normal)."""
+        total, c = self.loss.schedule.num_train_timesteps, self.config
+        if not c.timestep_std:
+            return torch.randint(total, (n,), generator=noises)
+        place = torch.sigmoid(c.timestep_mean + c.timestep_std * torch.randn(n, generator=noises))
+        return (place * total).long().clamp(max=total - 1)
 
     def losses(self, unet: nn.Module, x0: Tensor, ids: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Weighted loss of each sample [B]."""

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from ldm.checkpoints.safe import atomic_folder, atomic_json, atomic_save_safetensors
 from ldm.data.emoji import EmojiScenes, Scene
+from ldm.evaluation.reconstruction import psnr
 from ldm.models.discriminator import PatchGAN
 from ldm.models.vae import AutoencoderKL
 from ldm.training.config import FirstStageConfig
@@ -66,12 +67,6 @@ def held_out_images(scenes: EmojiScenes, n: int) -> Tensor:
     """n scenes of another seed than any training run's, in [-1, 1]."""
     other = EmojiScenes(scenes.config, HELD_OUT_SEED)
     return to_signal(torch.from_numpy(np.stack([other[i][0] for i in range(n)])))
-
-
-def psnr(x: Tensor, y: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of each picture [B], of 8-bit pictures given in [-1, 1]."""
-    a, b = (((v.clamp(-1, 1) + 1) * 127.5).round() for v in (x, y))
-    return 10 * torch.log10(255**2 / (a - b).square().flatten(1).mean(1).clamp(min=1e-10))
 
 
 class FirstStage(nn.Module):
