@@ -67,7 +67,7 @@ def test_articles():
 def test_plurals():
     pairs = {"mouse": "mice", "goose": "geese", "tropical fish": "tropical fish", "wolf": "wolves", "ox": "oxen",
              "maple leaf": "maple leaves", "bus": "buses", "bento box": "bento boxes", "factory": "factories",
-             "key": "keys", "toothbrush": "toothbrushes", "kitchen knife": "kitchen knives", "taco": "tacos"}  # fmt: skip
+             "key": "keys", "toothbrush": "toothbrushes", "kitchen knife": "kitchen knives"}  # fmt: skip
     assert {noun: plural(noun) for noun in pairs} == pairs
 
 
@@ -92,8 +92,8 @@ def test_nothing_is_drawn_that_must_not_be():
     assert len(codes) == len({g.name for g in glyphs}) == len(glyphs)
     banned = {
         "zodiac": [*range(0x2648, 0x2654), 0x26CE],
-        "religion": [0x1F549, 0x2721, 0x2638, 0x2626, 0x262A, 0x1F54E, 0x1F52F, 0x262F, 0x1F6D0, 0x1F4FF, 0x1FAAC, 0x1FAAF,
-                     *range(0x1F54B, 0x1F54E), 0x26EA, 0x26E9, 0x1F6D5, *range(0x271D, 0x2720)],
+        "religion": [0x1F549, 0x2721, 0x2638, 0x2626, 0x262A, 0x1F54E, 0x1F52F, 0x262F, 0x1F6D0, 0x1F4FF,
+                     0x1FAAC, 0x1FAAF, *range(0x1F54B, 0x1F54E), 0x26EA, 0x26E9, 0x1F6D5, *range(0x271D, 0x2720)],
         "flags": [*range(0x1F1E6, 0x1F200), 0x1F3F3, 0x1F3F4, 0x1F38C, 0x1F6A9, 0x1F3C1],
         "keycaps": [*range(0x23, 0x3A), 0x1F51F],
         "hands": [0x261D, *range(0x1F446, 0x1F451), *range(0x270A, 0x270E), *range(0x1F590, 0x1F597), 0x1F595,

@@ -26,6 +26,9 @@ from ldm.request import Request, make_request
 from ldm.runtime import resolve_device, resolve_dtype
 from ldm.text.tokenizer import CLIPTokenizer
 
+# numpy 2 and torch's tensors, in several schedulers of diffusers
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+OUTPUTS = ("pil", "pt", "np", "latent")
 CAPTIONS = ["a taco on a red background", "an owl on blue", "two owls and a pizza on a green background"] * 2
 SCHEDULER: dict[str, Any] = {
     "_class_name": "DDIMScheduler",
@@ -82,6 +85,15 @@ def components(**scheduler: Any) -> Components:
         SCHEDULER | scheduler,
         {"num_inference_steps": 4, "guidance_scale": 3.0},
     )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Networks as small as these only wait for a second one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -213,8 +225,8 @@ def test_the_model_in_the_box_equals_stock_diffusers() -> None:
     folder = model_in_the_box()
     ours, stock = Pipeline.from_pretrained(device="cpu"), stock_of(folder)
     side = ours.unet.config.sample_size
-    noise = torch.randn(2, 4, side, side)
-    prompts = ["a taco on a red background", "an owl to the left of a pizza on a white background"]
+    noise = torch.randn(1, 4, side, side)
+    prompts = ["an owl to the left of a pizza on a white background"]
     drawn = ours(prompts, latents=noise, output_type="np")
     order = drawn.request
     options = {"num_inference_steps": order.num_inference_steps, "guidance_scale": order.guidance_scale}
@@ -230,7 +242,7 @@ def test_the_model_in_the_box_equals_stock_diffusers() -> None:
 
 # -- an image depends on its own seed and prompt alone -----------------------------------------------------------------
 
-SEVEN = (11, 3, 2**62, 0, 77, 5, 6)
+SEVEN = (11, 3, 2**62 + 9, 0, 77, 5, 6)
 ORDER = (4, 0, 6, 2, 1, 5, 3)
 
 
@@ -249,8 +261,7 @@ def test_noise_is_the_same_alone_in_seven_and_in_another_order() -> None:
     assert len({float(value) for value in together[:, 0, 0, 0, 0]}) == 7
 
 
-@pytest.mark.parametrize("guidance", [1.0, 4.0])
-@pytest.mark.parametrize("scheduler", ["ddim", "euler_a", "dpm++2m"])
+@pytest.mark.parametrize(("scheduler", "guidance"), [("ddim", 4.0), ("euler_a", 1.0), ("dpm++2m", 4.0)])
 def test_pictures_are_the_same_alone_in_seven_and_in_another_order(
     pipeline: Pipeline, scheduler: str, guidance: float
 ) -> None:
@@ -261,7 +272,7 @@ def test_pictures_are_the_same_alone_in_seven_and_in_another_order(
     turned = pipeline([prompts[i] for i in ORDER], seed=tuple(SEVEN[i] for i in ORDER), output_type="np", **options)
     assert same(turned.latents, together.latents[list(ORDER)])
     assert np.array_equal(np.asarray(turned.images), np.asarray(together.images)[list(ORDER)])
-    for i in (0, 3, 6):
+    for i in (0, 4):
         alone = pipeline(prompts[i], seed=SEVEN[i], output_type="np", **options)
         assert same(alone.latents[0], together.latents[i])
         assert np.array_equal(np.asarray(alone.images)[0], np.asarray(together.images)[i])
@@ -359,9 +370,6 @@ def test_output_types_agree(pipeline: Pipeline) -> None:
     assert np.allclose(array[0], (decoded[0].permute(1, 2, 0).numpy() / 2 + 0.5).clip(0, 1), atol=1e-6)
 
 
-OUTPUTS = ("pil", "pt", "np", "latent")
-
-
 def test_the_request_of_a_result_draws_it_again(pipeline: Pipeline) -> None:
     first = pipeline(["a taco", "an owl"], num_images_per_prompt=2)
     order = first.request
@@ -379,7 +387,7 @@ def test_the_request_of_a_result_draws_it_again(pipeline: Pipeline) -> None:
     again = pipeline(order)
     assert same(again.latents, first.latents) and again.request == order and again.seeds == first.seeds
     assert [a.tobytes() for a in again.images] == [b.tobytes() for b in first.images]  # type: ignore[union-attr]
-    fewer = pipeline(order, prompt="an owl", num_images_per_prompt=1, seed=first.seeds[2])  # some fields replaced
+    fewer = pipeline(replace(order, prompt="an owl"), num_images_per_prompt=1, seed=first.seeds[2])
     assert same(fewer.latents[0], first.latents[2])
 
 

@@ -620,6 +620,12 @@ def test_the_text_encoder_gets_no_gradient(unbroken: Path) -> None:
     assert all(p.grad is not None for p in objective.unet.parameters())
 
 
+def test_every_seed_and_step_has_numbers_of_its_own() -> None:
+    pairs = [(seed, step) for seed in (0, 1, 2, 1_000_003) for step in (0, 1, 2, 100_000)]
+    assert len({float(torch.rand((), generator=generator(*pair)).double()) for pair in pairs}) == len(pairs)
+    assert torch.equal(torch.randn(9, generator=generator(7, 3)), torch.randn(9, generator=generator(7, 3)))
+
+
 def test_every_latent_comes_once_an_epoch() -> None:
     encoded = (torch.arange(12.0), torch.arange(12.0), torch.arange(12))
     batches = LatentBatches(encoded, 4, seed=5)
@@ -698,9 +704,9 @@ def test_the_configurations_here_are_read(path: Path) -> None:
 
 
 def test_stages_ask_for_what_they_need(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no trained vae .*train it first"):
+    with pytest.raises(UsageError, match=r"no trained vae .*train it first"):
         denoiser(denoiser_config(tmp_path / "run", tmp_path))
-    with pytest.raises(UsageError, match="latents is 3; it must be at least loop.batch_size, 4"):
+    with pytest.raises(UsageError, match=r"latents is 3; it must be at least loop.batch_size, 4"):
         denoiser(denoiser_config(tmp_path / "run", tmp_path, latents=3))
     with pytest.raises(UsageError, match="device is 'tpu'; use auto, cpu or cuda"):
         trained(tmp_path, Toy(), device="tpu")

@@ -90,7 +90,7 @@ class Judge:
             got = f"a picture of shape {list(image.shape)} and type {image.dtype}"
             raise UsageError(f"{got}; the judge takes uint8 [S, S, 3]")
         name, colour = background(image)
-        difference = shrunk(image.transpose(2, 0, 1).astype(np.float32) / 255) - colour[:, None, None]
+        difference = shrunk(image.transpose(2, 0, 1).astype(np.float32) / np.float32(255)) - colour[:, None, None]
         templates = self.templates(spec)
         if spec.relation:
             rankings = best_split(difference, colour, templates)
