@@ -141,7 +141,7 @@ class Pipeline:
         for step in self.sample(order, generator, latents, prompt_embeds, negative_prompt_embeds):  # noqa: B007  # the last is wanted
             pass
         assert step is not None  # a request has at least one step
-        final = step.x * c_in(step.sigma)
+        final = step.latents
         seeds = order.seed if isinstance(order.seed, tuple) and generator is None else ()
         if order.output_type == "latent":
             return Result(final, seeds, order, final)

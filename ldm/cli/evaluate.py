@@ -56,9 +56,7 @@ def alignment(
     scenes = EmojiScenes(read_config(config, DenoiserConfig).corpus if config else CorpusConfig())
     refuse_other_corpus(Path(model) if model else model_in_the_box(), scenes)
     pipeline = Pipeline.from_pretrained(model, device=device, dtype=dtype)
-    if scheduler is not None:  # the model's own choice from here on, which the judging leaves as it is
-        pipeline.components.generation["scheduler"] = pipeline.sampling(scheduler).scheduler.name
-    judged = evaluate(pipeline, scenes, n, seed, steps=steps, guidance=guidance)
+    judged = evaluate(pipeline, scenes, n, seed, scheduler=scheduler, steps=steps, guidance=guidance)
     with progress_bar() as bar:
         task = bar.add_task("drawing and judging", total=n)
         for item in judged:

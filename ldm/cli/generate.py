@@ -152,8 +152,6 @@ def draw(pipeline: "Pipeline", order: Request) -> "Iterator[Image]":
 
     Drawn in parts, which changes no picture: each comes from its own seed alone.
     """
-    from ldm.diffusion.prediction import c_in
-
     n, count, steps = order.num_images_per_prompt, pipeline.count(order), order.num_inference_steps or 0
     negatives = order.negative_prompts or ("",)
     seeds, at_once = order.seeds(count), AT_ONCE if pipeline.device.type == "cuda" else 1
@@ -176,7 +174,7 @@ def draw(pipeline: "Pipeline", order: Request) -> "Iterator[Image]":
             for step in pipeline.sample(part):  # noqa: B007  # the last is wanted
                 bar.advance(task, len(rows))
             assert step is not None  # a request has at least one step
-            pictures = pipeline.pictures(step.x * c_in(step.sigma))
+            pictures = pipeline.pictures(step.latents)
             assert isinstance(pictures, list)  # the output type "pil"
             yield from pictures
 

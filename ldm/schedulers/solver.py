@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from ldm.diffusion.prediction import Denoiser
+from ldm.diffusion.prediction import Denoiser, c_in
 from ldm.errors import UsageError
 
 
@@ -23,6 +23,11 @@ class Step:
     sigma: float
     x: Tensor
     x0: Tensor
+
+    @property
+    def latents(self) -> Tensor:
+        """x in the network's frame, x * c_in(sigma): of the last step, what a decoder takes. [B, C, H, W]"""
+        return self.x * c_in(self.sigma)
 
 
 Noise = Callable[[], Tensor]
