@@ -57,9 +57,7 @@ def available_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     meminfo = Path("/proc/meminfo")
-    if (
-        not meminfo.is_file()
-    ):  # macOS, Windows: what is installed is the best that can be known without another dependency
+    if not meminfo.is_file():  # macOS, Windows: what is installed is all that the standard library knows
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 1 << 62
     rows = dict(line.split(":") for line in meminfo.read_text().splitlines())
     free = int(rows["MemAvailable"].split()[0]) * 1024
@@ -93,7 +91,6 @@ def refuse_if_too_large(unet: Any, vae: Any, height: int, width: int, at_once: i
     have = available_bytes(device)
     if need > have:
         raise UsageError(
-            f"{total} picture{'s' * (total > 1)} of {width}x{height} would take about {need / 2**30:.1f} GiB, "
-            f"and {have / 2**30:.1f} GiB "
-            f"are free on {device.type}; ask for a smaller size or fewer at once"
+            f"{total} picture{'s' * (total > 1)} of {width}x{height} would take about {need / 2**30:.1f} GiB, and "
+            f"{have / 2**30:.1f} GiB are free on {device.type}; ask for a smaller size or fewer at once"
         )

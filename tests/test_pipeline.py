@@ -165,7 +165,7 @@ PARITY: dict[str, Case] = {  # scheduler, scheduler_config.json, request
     "heun": ("heun", ORDINARY, {"guidance_scale": 4.0}),
     "heun, unguided": ("heun", ORDINARY, {"guidance_scale": 1.0}),
     "dpm++2m": ("dpm++2m", SCHEDULER, {"guidance_scale": 4.0, "num_inference_steps": 10}),
-    "dpm++2m, unguided": ("dpm++2m", SCHEDULER, {"guidance_scale": 1.0, "num_inference_steps": 20}),
+    "dpm++2m, unguided": ("dpm++2m", SCHEDULER, {"guidance_scale": 1.0, "num_inference_steps": 16}),
     "dpm++2m_karras": ("dpm++2m_karras", SCHEDULER, {"guidance_scale": 4.0}),
     "rescaled": ("ddim", SCHEDULER, {"guidance_scale": 4.0, "guidance_rescale": 0.7}),
     "rescaled, dpm++2m": ("dpm++2m", ORDINARY, {"guidance_scale": 4.0, "guidance_rescale": 1.0}),
@@ -197,7 +197,7 @@ def test_equals_stock_diffusers(pipeline: Pipeline, stock: Any, case: str) -> No
         decoded = stock.vae.decode(theirs / stock.vae.config.scaling_factor).sample
     pictures = stock.image_processor.postprocess(decoded, output_type="np")
     assert isinstance(ours.images, np.ndarray)
-    assert np.abs(ours.images - pictures).max() <= (1e-4 if config is SCHEDULER and scheduler == "euler" else 1e-5)
+    assert np.abs(ours.images - pictures).max() <= 1e-4
 
 
 def skipped(stock: Any, prompt: str, layers: int) -> dict[str, Tensor]:
@@ -344,6 +344,7 @@ def test_generators_and_latents_equal_seeds(pipeline: Pipeline) -> None:
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 def test_embeddings_equal_prompts(pipeline: Pipeline, guidance: float) -> None:
     options: dict[str, Any] = {"seed": 3, "guidance_scale": guidance, "num_images_per_prompt": 2}
+    options["num_inference_steps"] = 2
     prompts, negatives = ["a taco", "an owl"], ["a pizza", ""]
     expected = latents_of(pipeline, prompts, negative_prompt=negatives, **options)
     said, unsaid = (pipeline.text_encoder(texts).context for texts in (prompts, negatives))

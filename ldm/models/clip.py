@@ -75,6 +75,7 @@ class CLIPTextConfig:
         return vars(self) | {
             "architectures": [architecture],
             "model_type": "clip_text_model",
+            "dtype": "float32",  # transformers else takes that of the files, float16, beside diffusers' float32 U-Net
             "projection_dim": self.projection_dim or self.hidden_size,
         }
 
