@@ -23,7 +23,7 @@ from ldm.errors import ModelError, NumericalError, UsageError
 from ldm.images import to_numpy, to_pil
 from ldm.models.unet import UNet
 from ldm.models.vae import AutoencoderKL
-from ldm.request import LARGEST_SEED, MOST_IMAGES, Request, make_request
+from ldm.request import MOST_IMAGES, Request, make_request
 from ldm.runtime import refuse_if_too_large, resolve_device, resolve_dtype, short_name
 from ldm.schedulers import Option, Sampling, Step, from_config
 from ldm.text.encoder import Conditioning, TextEncoder
@@ -355,6 +355,3 @@ def solver_options(sampling: Sampling, order: Request) -> dict[str, Option]:
             f"eta is {order.eta}, but {sampling.scheduler.name} has none; use ddim or euler_a, or leave it out"
         )
     return sampling.options | {"eta": order.eta}
-
-
-__all__ = ["LARGEST_SEED", "Noise", "Pipeline", "Request", "Result", "model_in_the_box"]

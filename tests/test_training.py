@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -605,6 +606,21 @@ def test_captions_are_dropped_at_the_rate_configured(unbroken: Path, tmp_path: P
     assert ((heard == objective.empty).all(-1) == ~kept).all()  # the caption itself, or the empty one
     assert abs(float((~kept).float().mean()) - share) <= 4 * math.sqrt(share * (1 - share) / kept.numel())
     assert share in (0.0, 1.0) or len({tuple(row.tolist()) for row in kept}) > 250  # others at every step
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 0.0), (0.3, 1.1), (-0.5, 0.6)])
+def test_timesteps_follow_their_distribution(unbroken: Path, mean: float, std: float) -> None:
+    """Quantiles in closed form: even ones of t / T, or those of a normal logit."""
+    config = denoiser_config(unbroken / "denoiser", unbroken, timestep_mean=mean, timestep_std=std)
+    t = denoiser(config).objective.timesteps(40_000, generator(0, 0))  # type: ignore[operator]  # LatentDiffusion's
+    assert t.dtype == torch.int64 and t.min() >= 0 and t.max() <= 999
+    for share in (0.1, 0.25, 0.5, 0.75, 0.9):
+        logit = mean + std * NormalDist().inv_cdf(share)
+        below = 1000 * (share if std == 0 else 1 / (1 + math.exp(-logit)))
+        # t is the whole part: those below `below` lie between those of its own whole part and of the next
+        low, high = float((t < math.floor(below)).float().mean()), float((t < math.ceil(below)).float().mean())
+        error = 4 * math.sqrt(share * (1 - share) / len(t))
+        assert low - error <= share <= high + error
 
 
 def test_the_text_encoder_gets_no_gradient(unbroken: Path) -> None:

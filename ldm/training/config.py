@@ -108,9 +108,8 @@ class DenoiserConfig:
     beta_end: float = 0.012
     rescale_betas_zero_snr: bool = True
     snr_gamma: float = 5.0  # min-SNR weighting; 0 weighs all levels alike
-    timestep_std: float = (
-        0.0  # 0 draws timesteps evenly; above, T * sigmoid(mean + std * normal): Esser et al. 2024, eq. 19
-    )
+    # Timesteps: evenly where timestep_std is 0, else T * sigmoid(mean + std * normal), Esser et al. 2024, eq. 19.
+    timestep_std: float = 0.0
     timestep_mean: float = 0.0
     caption_dropout: float = 0.1
     guidance_scale: float = 3.0  # of sample pictures, and the default of the assembled pipeline

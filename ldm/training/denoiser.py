@@ -166,7 +166,8 @@ def encode(vae: AutoencoderKL, tokenizer: CLIPTokenizer, scenes: EmojiScenes, co
 
 def cached(config: DenoiserConfig, frozen: Components, scenes: EmojiScenes) -> Batch:
     """`encode`, kept in the run's folder under a digest of everything it depends on."""
-    digest = hashlib.sha256(json.dumps([asdict(config.corpus), config.latents, config.loop.seed]).encode())
+    known = [asdict(config.corpus), config.latents, config.loop.seed, frozen.tokenizer.vocab, frozen.tokenizer.merges]
+    digest = hashlib.sha256(json.dumps(known).encode())
     for model in (frozen.vae, frozen.text_encoder):
         for value in model.state_dict().values():
             digest.update(value.cpu().numpy().tobytes())
