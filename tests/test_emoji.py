@@ -263,6 +263,22 @@ def test_sizes(noto_font):
             assert low * 64 - 1 <= max(x1 - x0, y1 - y0) <= high * 64 + 1
 
 
+def test_a_grid_and_middle_sizes(noto_font):
+    """grid: corners at its multiples, always inside; spread 0: every size has one length; wander 0: one place."""
+    scenes = EmojiScenes(CorpusConfig(grid=4, spread=0.0, wander=0.3, sized=0.6))
+    lengths = {}
+    for i in range(300):
+        scene = scenes.scene(i)
+        for x0, y0, x1, y1 in scene.boxes:
+            assert x0 % 4 == 0 and y0 % 4 == 0 and x0 >= 0 and y0 >= 0 and x1 <= 64 and y1 <= 64
+            lengths.setdefault((scene.spec.size, len(scene.boxes)), set()).add(max(x1 - x0, y1 - y0))
+    middle = {("", 1): {40}, ("small", 1): {24}, ("large", 1): {55}, ("", 2): {28}, ("", 3): {25}, ("", 4): {24}}
+    assert lengths == middle
+    still = EmojiScenes(CorpusConfig(wander=0.0, spread=0.0))
+    boxes = {still.draw(SceneSpec(("owl",), "red"), random.Random(seed)).boxes for seed in range(20)}
+    assert len(boxes) == 1
+
+
 def test_every_object_has_a_glyph_of_its_own(noto_font):
     """The font draws all objects, each as no other: a missing glyph is one and the same box."""
     sprites = [np.asarray(SCENES.sprite(name, 24)) for name in SCENES.names]

@@ -32,7 +32,7 @@ from ldm.models.vae import AutoencoderKL, VAEConfig
 from ldm.pipeline import Pipeline
 from ldm.training.clip import clip
 from ldm.training.config import ClipConfig, DenoiserConfig, FirstStageConfig, LoopConfig, read_config
-from ldm.training.denoiser import LatentBatches, denoiser
+from ldm.training.denoiser import LatentBatches, components, denoiser
 from ldm.training.ema import EMA
 from ldm.training.first_stage import (
     FirstStage,
@@ -634,6 +634,18 @@ def test_the_text_encoder_gets_no_gradient(unbroken: Path) -> None:
                 p -= 0.1 * p.grad
     assert all(p.grad is None and not p.requires_grad for p in objective.text.parameters())
     assert all(p.grad is not None for p in objective.unet.parameters())
+
+
+def test_a_run_may_begin_with_a_trained_network(unbroken: Path, tmp_path: Path) -> None:
+    """`start` names a model folder: its U-Net, in float32, is what the first step sees."""
+    result = unbroken / "denoiser" / "result"
+    begun = components(denoiser_config(tmp_path, unbroken, start=str(result))).unet
+    stored = load_file(result / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {v.dtype for v in begun.state_dict().values()} == {torch.float32}
+    assert all(torch.equal(value.half(), stored[key].half()) for key, value in begun.state_dict().items())
+    assert all(p.requires_grad for p in begun.parameters())
+    with pytest.raises(ModelError, match="nowhere"):
+        components(denoiser_config(tmp_path, unbroken, start=str(tmp_path / "nowhere")))
 
 
 def test_every_seed_and_step_has_numbers_of_its_own() -> None:

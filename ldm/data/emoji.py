@@ -47,7 +47,6 @@ PLACES = {
     3: ((0.5, 0.27), (0.26, 0.73), (0.74, 0.73)),
     4: ((0.26, 0.26), (0.74, 0.26), (0.26, 0.74), (0.74, 0.74)),
 }
-JITTER = 0.5  # how much of the room between an object and the border it may wander
 FONT_FOLDERS = (
     "/usr/share/fonts",
     "/usr/local/share/fonts",
@@ -78,6 +77,9 @@ class CorpusConfig:
     pairs: float = 0.35  # share of scenes with two objects in a relation
     counts: float = 0.15  # share of scenes with two to four of one object
     sized: float = 0.2  # share of single-object scenes that are small or large, and say so
+    spread: float = 1.0  # how much of the range of an object's side is used; 0 draws every object in its middle size
+    wander: float = 0.5  # how much of the room between an object and the border it may wander
+    grid: int = 1  # objects stand at multiples of this many pixels
 
 
 @dataclass(frozen=True)
@@ -279,11 +281,12 @@ class EmojiScenes:
         boxes = []
         for i, (name, (x, y)) in enumerate(zip(names, places(spec), strict=True)):
             low, high = SIDES[spec.size] if len(names) == 1 else SIDES_BY_COUNT[len(names)]
-            side = round(rng.uniform(low, high) * S)
+            middle = (low + high) / 2
+            side = round((middle + (rng.uniform(low, high) - middle) * self.config.spread) * S)
             sprite = self.sprite(name, side)
-            room = [max(min(c, 1 - c) * S - side / 2, 0) * JITTER for c in (x, y)]
-            left = round(x * S - sprite.width / 2 + rng.uniform(-1, 1) * room[0])
-            top = round(y * S - sprite.height / 2 + rng.uniform(-1, 1) * room[1])
+            room = [max(min(c, 1 - c) * S - side / 2, 0) * self.config.wander for c in (x, y)]
+            left = self.on_grid(x * S - sprite.width / 2 + rng.uniform(-1, 1) * room[0], sprite.width)
+            top = self.on_grid(y * S - sprite.height / 2 + rng.uniform(-1, 1) * room[1], sprite.height)
             image.paste(sprite, (left, top), sprite)
             boxes.append((left, top, left + sprite.width, top + sprite.height))
             cover = Image.new("L", (S, S))
@@ -292,6 +295,11 @@ class EmojiScenes:
         for i in range(len(names)):
             masks[i] &= ~masks[i + 1 :].any(0)  # what a later object hides is not seen
         return Scene(spec, spec.caption(phrasing), np.asarray(image), names, tuple(boxes), masks)
+
+    def on_grid(self, start: float, length: int) -> int:
+        """The multiple of the grid nearest to `start` at which something of this length stays inside the picture."""
+        grid = self.config.grid
+        return min(round(start / grid), max(self.config.size - length, 0) // grid) * grid
 
     def sprite(self, name: str, side: int) -> Image.Image:
         """The glyph of `name`, cropped to its ink and scaled so that its longer side is `side` pixels. RGBA."""

@@ -98,6 +98,7 @@ class DenoiserConfig:
     loop: LoopConfig
     first_stage: str  # folder with the trained autoencoder (`ldm train first-stage`'s result)
     clip: str  # folder with the trained text encoder and tokenizer (`ldm train clip`'s result)
+    start: str = ""  # model folder whose U-Net the run begins with; "" = random numbers
     weights: str = ""  # where the assembled pipeline folder goes when the run ends; "" = only into `out`
     corpus: CorpusConfig = dataclasses.field(default_factory=CorpusConfig)
     unet: UNetConfig = dataclasses.field(default_factory=UNetConfig)

@@ -127,6 +127,8 @@ def components(config: DenoiserConfig) -> Components:
         load_into(models[name], [folder / f"{PARTS[name].stem}.safetensors"])
     unet = UNet(config.unet)
     init_for_training(unet)
+    if config.start:
+        load_into(unet, Path(config.start) / "unet" / f"{PARTS['unet'].stem}.safetensors", torch.float32)
     unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
     tokenizer = CLIPTokenizer.from_folder(Path(config.clip) / "tokenizer", config_window(models["text_encoder"]))
     defaults = {
