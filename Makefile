@@ -31,7 +31,7 @@ help: ## show this list
 demo: $(VENV)/.core ## draw PROMPT="..." with the model in the box, and say where the picture lies
 	$(SAY) "drawing: $$PROMPT"
 	@mkdir -p "$$(dirname "$$OUT")"
-	@$(BIN)/ldm generate -o "$$OUT" -- "$$PROMPT"
+	@$(BIN)/ldm generate --overwrite -o "$$OUT" -- "$$PROMPT"
 	$(SAY) "the picture lies in $$OUT"
 
 test: $(VENV)/.dev ## run the everyday tests (minutes on two cores)
@@ -51,12 +51,14 @@ types: $(VENV)/.dev ## types (mypy strict on ldm/)
 	@$(BIN)/python -m mypy
 
 weights: $(VENV)/.train ## train the model in the box again from nothing (hours; goes on where it was stopped)
-	$(SAY) 'first stage (1 of 3)'
+	$(SAY) 'first stage (1 of 4)'
 	@$(BIN)/ldm train first-stage --config configs/cpu/first_stage.yaml
-	$(SAY) 'text encoder (2 of 3)'
+	$(SAY) 'text encoder (2 of 4)'
 	@$(BIN)/ldm train clip --config configs/cpu/clip.yaml
-	$(SAY) 'denoiser (3 of 3)'
+	$(SAY) 'denoiser, scenes of all sizes (3 of 4)'
 	@$(BIN)/ldm train denoiser --config configs/cpu/denoiser.yaml
+	$(SAY) 'denoiser, scenes on a grid (4 of 4)'
+	@$(BIN)/ldm train denoiser --config configs/cpu/denoiser_2.yaml
 
 clean: ## remove the environment, caches, builds and demo pictures (training runs stay)
 	$(SAY) 'removing $(VENV), out/, dist/ and caches'

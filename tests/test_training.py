@@ -728,7 +728,7 @@ KINDS: dict[str, type[Any]] = {"first_stage": FirstStageConfig, "clip": ClipConf
     "path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: f"{path.parent.name}/{path.name}"
 )
 def test_the_configurations_here_are_read(path: Path) -> None:
-    assert read_config(path, KINDS[path.stem]).loop.steps > 1
+    assert read_config(path, KINDS[path.stem.removesuffix("_2")]).loop.steps > 1
 
 
 def test_stages_ask_for_what_they_need(tmp_path: Path) -> None:
