@@ -1,6 +1,7 @@
 """Pictures: tensors in [-1, 1] <-> PIL, saving with text inside, grids and contact sheets."""
 
 import io
+import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,19 +9,25 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, features
 from torch import Tensor
 
 from ldm.checkpoints.safe import atomic_bytes
-from ldm.errors import ModelError, NumericalError, UsageError, choose
+from ldm.errors import LdmError, ModelError, NumericalError, UsageError, choose
 
 FORMATS: dict[str, tuple[str, dict[str, Any]]] = {  # suffix -> Pillow's format and its options
     ".png": ("PNG", {}),
     ".jpg": ("JPEG", {"quality": 95, "subsampling": 0}),
     ".jpeg": ("JPEG", {"quality": 95, "subsampling": 0}),
     ".webp": ("WEBP", {"quality": 95}),
+    ".avif": ("AVIF", {"quality": 95, "subsampling": "4:4:4"}),
 }
-EXIF_IFD, USER_COMMENT, UNICODE = 0x8769, 0x9286, b"UNICODE\0"  # Exif 2.32, table 9 and sec. 4.6.5
+TEXTS = ("parameters", "ldm")  # what a picture may carry: A1111's text, and our JSON
+FOREIGN_TEXTS = ("prompt", "workflow")  # ComfyUI's two graphs
+LARGEST_TEXT = 4_000_000  # characters of one text; a longer one is not read
+LARGEST_EXIF = 65_533  # bytes in a JPEG file, whose segments count their length in two bytes
+EXIF_IFD, MAKER_NOTE, USER_COMMENT = 0x8769, 0x927C, 0x9286  # Exif 2.32, tables 1, 7 and 9
+UNICODE, ASCII, LDM = b"UNICODE\0", b"ASCII\0\0\0", b"ldm\0"  # what the values begin with (Exif 2.32 sec. 4.6.5)
 FONT_SIZE = 11
 
 
@@ -120,39 +127,103 @@ def _fitted(image: Image.Image, side: int) -> Image.Image:
     return image.resize(size, Image.Resampling.LANCZOS)
 
 
-def save(image: Image.Image, path: str | Path, text: Mapping[str, str] | None = None) -> None:
-    """Writes a picture atomically; the suffix chooses .png, .jpg, .jpeg or .webp (quality 95).
+def format_of(path: str | Path) -> tuple[str, dict[str, Any]]:
+    """Pillow's format of a picture file and how to save it, by the suffix: .png, .jpg, .jpeg, .webp or .avif.
 
-    text: kept inside the file, where image tools look for it: PNG takes any keys (text chunks), JPEG and WebP the one
-    key "parameters" (Exif UserComment). UsageError for another suffix or key; LdmError when it cannot be written.
+    UsageError for another suffix; LdmError for .avif where Pillow was built without it.
+    """
+    kind, options = FORMATS[choose("image suffix", Path(path).suffix.lower(), FORMATS)]
+    if kind == "AVIF" and not features.check("avif"):
+        raise LdmError(f"{path} cannot be written, for this Pillow was built without AVIF; save as .png")
+    return kind, options
+
+
+def save(image: Image.Image, path: str | Path, text: Mapping[str, str] | None = None) -> None:
+    """Writes a picture atomically, in the format of its suffix (see `format_of`; quality 95).
+
+    text: kept inside the file under the keys "parameters" and "ldm". PNG has text chunks, where image tools look for
+    them; in the others "parameters" is the Exif UserComment, as A1111 has it, and "ldm" the MakerNote. Half surrogate
+    pairs, which no encoding takes, become "?". UsageError for another suffix or key; LdmError when the file cannot be
+    written or the text is too long for it.
     """
     path = Path(path)
-    kind, options = FORMATS[choose("image suffix", path.suffix.lower(), FORMATS)]
+    kind, options = format_of(path)
+    texts = {choose("text key", key, TEXTS): v.encode("utf-8", "replace").decode() for key, v in (text or {}).items()}
+    if any(len(value) > LARGEST_TEXT for value in texts.values()):
+        raise LdmError(f"the text for {path} is longer than {LARGEST_TEXT:,} characters; shorten it or leave it out")
     data = io.BytesIO()
     if kind == "PNG":
         chunks = PngImagePlugin.PngInfo()
-        for key, value in (text or {}).items():
+        for key, value in texts.items():
             chunks.add_text(key, value)
         image.save(data, kind, pnginfo=chunks)
     else:
-        exif = Image.Exif()
-        for key, value in (text or {}).items():
-            choose(f"text key for {kind}", key, ["parameters"])
-            exif.get_ifd(EXIF_IFD)[USER_COMMENT] = UNICODE + value.encode("utf-16-be")
+        exif = _exif(texts)
+        if kind == "JPEG" and len(exif) > LARGEST_EXIF:
+            fault = f"the text takes {len(exif):,} bytes and a JPEG file holds {LARGEST_EXIF:,}"
+            raise LdmError(f"{path} cannot be written: {fault}; save as .png, or shorten the prompt")
         _opaque(image).save(data, kind, exif=exif, **options)
     atomic_bytes(path, data.getvalue())
 
 
+def _exif(texts: Mapping[str, str]) -> bytes:
+    """The texts as an Exif block: a big-endian TIFF file whose first directory only points to the Exif one.
+
+    By hand, for Pillow writes both tags as BYTE and other readers want the UNDEFINED of the standard.
+    """
+    written = {"ldm": (MAKER_NOTE, LDM, "utf-8"), "parameters": (USER_COMMENT, UNICODE, "utf-16-be")}  # by rising tag
+    rows = [(tag, start + texts[key].encode(code)) for key, (tag, start, code) in written.items() if texts.get(key)]
+    if not rows:
+        return b""
+    values, end = b"", 26 + 6 + 12 * len(rows)
+    entries = struct.pack(">H", len(rows))
+    for tag, value in rows:
+        entries += struct.pack(">HHLL", tag, 7, len(value), end + len(values))  # 7 = UNDEFINED
+        values += value + bytes(len(value) % 2)
+    first = struct.pack(">2sHLHHHLLL", b"MM", 42, 8, 1, EXIF_IFD, 4, 1, 26, 0)  # 4 = LONG
+    return b"Exif\0\0" + first + entries + bytes(4) + values
+
+
 def read_text(path: str | Path) -> dict[str, str]:
-    """The text that `save` put into a picture; {} when there is none. ModelError when it cannot be read."""
+    """The texts a picture carries under "parameters" and "ldm", and ComfyUI's "prompt" and "workflow"; {} for none.
+
+    One that is damaged or longer than 4,000,000 characters is left out. ModelError when the file cannot be read.
+    """
     try:
         with Image.open(path) as image:
             if image.format == "PNG":
-                image.load()  # text chunks may follow the pixels
-                return {str(key): str(value) for key, value in image.info.items() if isinstance(value, str)}
-            comment = image.getexif().get_ifd(EXIF_IFD).get(USER_COMMENT)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ModelError(f"cannot read the image {path}: {error}") from error
-    if not isinstance(comment, bytes) or not comment.startswith(UNICODE):
-        return {}
-    return {"parameters": comment.removeprefix(UNICODE).decode("utf-16-be", errors="replace")}
+                if not image.info.keys() & {*TEXTS, *FOREIGN_TEXTS}:
+                    image.load()  # text may also follow the pixels
+                found = {key: image.info.get(key) for key in (*TEXTS, *FOREIGN_TEXTS)}
+            else:
+                found = _exif_texts(image.getexif())
+    except Exception as error:  # a decoder at a hostile file: Pillow's raise nearly anything
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ModelError(f"cannot read the image {path}: {ascii(reason)[1:-1]}") from error
+    return {key: str(text) for key, text in found.items() if isinstance(text, str) and len(text) <= LARGEST_TEXT}
+
+
+def _exif_texts(exif: Image.Exif) -> dict[str, str | None]:
+    """What `save` wrote, and ComfyUI's, which stands in the first directory as "prompt:{...}" and "workflow:{...}"."""
+    pairs = [value.partition(":") for value in exif.values() if isinstance(value, str)]
+    found: dict[str, str | None] = {key: text for key, _, text in pairs if key in FOREIGN_TEXTS}
+    inner = exif.get_ifd(EXIF_IFD)
+    comment, note = inner.get(USER_COMMENT), inner.get(MAKER_NOTE)
+    if isinstance(comment, bytes):
+        found["parameters"] = _comment_text(comment)
+    if isinstance(note, bytes) and note.startswith(LDM):
+        found["ldm"] = note.removeprefix(LDM).decode("utf-8", "replace")
+    return found
+
+
+def _comment_text(comment: bytes) -> str | None:
+    """The text of a UserComment. None: in another code. Exif leaves the byte order of UNICODE open: A1111 and we write
+    the high byte first, others the low one; the text says which, for it has "Steps: ", or else mostly plain letters.
+    """
+    if comment.startswith(ASCII):
+        return comment.removeprefix(ASCII).rstrip(b"\0").decode("utf-8", "replace")
+    if not comment.startswith(UNICODE) or len(comment) > 2 * LARGEST_TEXT:
+        return None
+    both = [comment.removeprefix(UNICODE).decode(code, "replace") for code in ("utf-16-be", "utf-16-le")]
+    text = max(both, key=lambda text: ("Steps: " in text, sum(map(str.isascii, text[:1000]))))
+    return text.removeprefix("\ufeff")

@@ -3,6 +3,7 @@
 B images, C latent channels, H W latent height and width, T tokens, D text width.
 """
 
+import math
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ from ldm.runtime import refuse_if_too_large, resolve_device, resolve_dtype, shor
 from ldm.schedulers import Option, Sampling, Step, from_config
 from ldm.text.encoder import Conditioning, TextEncoder
 
+THE_BOX = "the model in the box"
 FALLBACKS = {"num_inference_steps": 25, "guidance_scale": 7.5}  # of a model without generation_config.json
 
 
@@ -42,9 +44,11 @@ class Result:
 
 
 class Noise:
-    """Unit noise [B, C, H, W], from one CPU generator per image: image i gets the same numbers in any batch, order
-    and on any device.
+    """Unit noise [B, C, H, W] float32, from one CPU generator per image: image i gets the same numbers in any batch,
+    order and on any device.
     """
+
+    dtype = torch.float32
 
     def __init__(
         self, generators: Sequence[torch.Generator], shape: tuple[int, int, int], device: torch.device
@@ -52,7 +56,7 @@ class Noise:
         self.generators, self.shape, self.device = generators, shape, device
 
     def __call__(self) -> Tensor:
-        """The next numbers of every image's sequence. float32."""
+        """The next numbers of every image's sequence."""
         drawn = torch.stack([torch.randn(self.shape, generator=g, device=g.device).cpu() for g in self.generators])
         return drawn.to(self.device, non_blocking=True)
 
@@ -84,7 +88,8 @@ class Pipeline:
         """
         where = resolve_device(device)
         folder = model_in_the_box() if path is None else Path(path)
-        return cls(open_folder(folder, resolve_dtype(dtype, where), where, variant))
+        components = open_folder(folder, resolve_dtype(dtype, where), where, variant)
+        return cls(replace(components, name=THE_BOX) if path is None else components)
 
     def save_pretrained(self, path: str | Path, *, dtype: str | torch.dtype | None = None) -> None:
         """Write a model folder, whole or not at all, that this class and stock diffusers open. dtype: of the files;
@@ -157,8 +162,10 @@ class Pipeline:
         known |= self.components.generation
         chosen = {name: value for name, value in known.items() if getattr(request, name) is None}
         count = self.count(request, prompt_embeds)
-        seed = secrets.randbelow(2**32) if request.seed is None else request.seed
-        return replace(request, **chosen, seed=replace(request, seed=seed).seeds(count))
+        drawn = ("seed", "variation_seed") if request.variation_strength else ("seed",)
+        chosen |= {name: secrets.randbelow(2**32) for name in drawn if getattr(request, name) is None}
+        order = replace(request, **chosen)
+        return replace(order, seed=order.seeds(count), variation_seed=order.variation_seeds(count))
 
     def count(self, request: Request, prompt_embeds: Tensor | None = None) -> int:
         """How many pictures a request asks for. UsageError: none, too many, or both prompts and embeddings."""
@@ -209,9 +216,10 @@ class Pipeline:
             order.width // factor,
         )  # embeddings -> latents
         noise = Noise(generators(generator, order.seed), shape, self.device)
-        start = (
-            noise() if latents is None else checked_latents(latents, (images, *shape)).to(self.device, torch.float32)
-        )
+        start = noise() if latents is None else checked_latents(latents, (images, *shape)).to(noise.device, noise.dtype)
+        if isinstance(order.variation_seed, tuple):
+            other = Noise(generators(None, order.variation_seed), shape, torch.device("cpu"))()
+            start = slerp(start.cpu(), other, order.variation_strength).to(noise.device)
         solver = sampling.scheduler.bound(solver_options(sampling, order))
         finite = []
         for step in solver(denoise, start * levels.start, levels.sigmas, noise):
@@ -335,6 +343,23 @@ def generators(
     if len(given) != len(seeds):
         raise UsageError(f"{len(given)} generators for {len(seeds)} pictures; give one, or one for each")
     return list(given)
+
+
+def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
+    """Noise [B, C, H, W] on the arc from a (share 0) to b (share 1), which keeps its length; the ends are exact.
+
+    Image by image, in float64: the images beside it and the device change no bit of any.
+    """
+    return torch.stack([_on_arc(one, other, share) for one, other in zip(a, b, strict=True)])
+
+
+def _on_arc(a: Tensor, b: Tensor, share: float) -> Tensor:
+    p, q = a.double(), b.double()
+    angle = math.acos(max(-1.0, min(1.0, float((p * q).sum() / (p.norm() * q.norm())))))
+    whole = math.sin(angle)
+    if whole < 1e-6:  # the same noise twice: no arc
+        return torch.lerp(a, b, share)
+    return math.sin((1 - share) * angle) / whole * a + math.sin(share * angle) / whole * b
 
 
 def checked_latents(latents: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -2,9 +2,8 @@
 validation is here.
 """
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any
 
 from ldm.errors import UsageError, choose
@@ -12,7 +11,14 @@ from ldm.errors import UsageError, choose
 LARGEST_SIDE = 16384  # pixels; what memory allows is asked of the machine before drawing
 MOST_IMAGES = 10_000
 LARGEST_SEED = 2**63 - 1
+SEEDS = ("seed", "variation_seed")
 OUTPUT_TYPES = ("pil", "pt", "np", "latent")
+
+
+def flag_of(field: "Field[Any]") -> str:
+    """The command-line flag of a field of Request: --steps, --guidance, -n."""
+    name = field.metadata["flag"] or field.name.replace("_", "-")
+    return f"-{name}" if len(name) == 1 else f"--{name}"
 
 
 def _option(default: Any, help: str, flag: str = "") -> Any:
@@ -25,8 +31,9 @@ class Request:
     """What to draw and how. Names and meanings are diffusers'; None leaves the choice to the model (its
     generation_config.json).
 
-    Image i of prompt j is number j * num_images_per_prompt + i and is drawn from seed + that number, or from its own
-    entry of a tuple of seeds. Raises UsageError, in one sentence, for any value out of range.
+    Image i of prompt j is number k = j * num_images_per_prompt + i and is drawn from seed + k, or from its own entry of
+    a tuple of seeds. With a variation_strength all pictures keep one seed, and variation_seed counts up instead.
+    Raises UsageError, in one sentence, for any value out of range.
     """
 
     prompt: str | tuple[str, ...] = _option((), "what to draw; several prompts are drawn in order")
@@ -36,6 +43,12 @@ class Request:
     num_images_per_prompt: int = _option(1, "pictures of each prompt", "n")
     seed: int | tuple[int, ...] | None = _option(
         None, "number the first picture's noise comes from; the next ones count up; drawn if absent"
+    )
+    variation_strength: float = _option(
+        0.0, "0..1: draw variations of the seed's picture, their noise turned so far towards other noise"
+    )
+    variation_seed: int | tuple[int, ...] | None = _option(
+        None, "number the other noise of the first variation comes from; the next ones count up; drawn if absent"
     )
     num_inference_steps: int | None = _option(None, "steps from noise to picture", "steps")
     guidance_scale: float | None = _option(
@@ -56,7 +69,7 @@ class Request:
     )
 
     def __post_init__(self) -> None:
-        for name, absent in (("prompt", ()), ("negative_prompt", ""), ("seed", None)):
+        for name, absent in (("prompt", ()), ("negative_prompt", ""), *dict.fromkeys(SEEDS).items()):
             value = getattr(self, name)
             if isinstance(value, list) or value is None:
                 object.__setattr__(self, name, absent if value is None else tuple(value))
@@ -76,12 +89,14 @@ class Request:
         self._number("guidance_scale", 0, 1000)
         self._number("guidance_rescale", 0, 1)
         self._number("eta", 0, 1)
+        self._number("variation_strength", 0, 1)
         choose("output_type", str(self.output_type), OUTPUT_TYPES)
-        for seed in self.seed if isinstance(self.seed, tuple) else (self.seed,):
-            if seed is not None and (
-                isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= LARGEST_SEED - MOST_IMAGES
-            ):
-                raise UsageError(f"seed is {seed!r}; it must be a whole number from 0 to {LARGEST_SEED - MOST_IMAGES}")
+        for name in SEEDS:
+            self._seeds(name)
+        if self.variation_seed is not None and not self.variation_strength:
+            raise UsageError(
+                "variation_seed was given without variation_strength; give that too, a number above 0 and up to 1"
+            )
         if len(self.negative_prompts) not in (0, 1, len(self.prompts)) and self.prompts:
             raise UsageError(
                 f"{len(self.negative_prompts)} negative prompts for {len(self.prompts)} prompts; give one, or "
@@ -100,15 +115,44 @@ class Request:
 
     def seeds(self, images: int) -> tuple[int, ...]:
         """The seed of each of `images` pictures. UsageError when a tuple of seeds has another length."""
-        if isinstance(self.seed, tuple):
-            if len(self.seed) != images:
+        return self._counted("seed", images, 0 if self.variation_strength else 1)
+
+    def variation_seeds(self, images: int) -> tuple[int, ...] | None:
+        """The variation seed of each of `images` pictures; None where no variation is asked for. Errors as `seeds`."""
+        return self._counted("variation_seed", images, 1) if self.variation_strength else None
+
+    def singles(self) -> "Iterator[Request]":
+        """One request for each picture, in order. For a request whose seeds and sizes the Pipeline has resolved."""
+        n, negatives = self.num_images_per_prompt, self.negative_prompts or ("",)
+        count = n * len(self.prompts)
+        varied = self.variation_seeds(count)
+        for k, seed in enumerate(self.seeds(count)):
+            yield replace(
+                self,
+                prompt=self.prompts[k // n],
+                negative_prompt=negatives[k // n if len(negatives) > 1 else 0],
+                num_images_per_prompt=1,
+                seed=seed,
+                variation_seed=varied and varied[k],
+            )
+
+    def _counted(self, name: str, images: int, step: int) -> tuple[int, ...]:
+        value = getattr(self, name)
+        if isinstance(value, tuple):
+            if len(value) != images:
                 raise UsageError(
-                    f"{len(self.seed)} seeds for {images} pictures; give one for each, or one number to count up from"
+                    f"{len(value)} {name}s for {images} pictures; give one for each, or one number to count up from"
                 )
-            return self.seed
-        if self.seed is None:
-            raise UsageError("no seed was chosen yet; Pipeline draws one where the request has none")
-        return tuple(self.seed + i for i in range(images))
+            return value
+        if value is None:
+            raise UsageError(f"no {name} was chosen yet; Pipeline draws one where the request has none")
+        return tuple(value + step * i for i in range(images))
+
+    def _seeds(self, name: str) -> None:
+        value, most = getattr(self, name), LARGEST_SEED - MOST_IMAGES
+        for seed in value if isinstance(value, tuple) else () if value is None else (value,):
+            if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= most:
+                raise UsageError(f"{name} is {seed!r}; it must be a whole number from 0 to {most}")
 
     def _whole(self, name: str, low: int, high: int) -> None:
         value = getattr(self, name)
@@ -121,8 +165,7 @@ class Request:
         value = getattr(self, name)
         if value is None and Request.__dataclass_fields__[name].default is None:
             return
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not number or not low <= value <= high:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
             raise UsageError(f"{name} is {value!r}; it must be a number from {low} to {high}")
 
 

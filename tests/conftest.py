@@ -1,8 +1,13 @@
-"""What all tests share: offline, two threads at most, a fixed seed before each test, and skips that say why."""
+"""What all tests share: offline, two threads at most, a fixed seed before each test, skips that say why, the command in
+this process, and a model small enough to draw in milliseconds.
+"""
 
+import json
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported; `network` tests are run with 0
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -10,6 +15,10 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import numpy as np
 import pytest
 import torch
+from helpers import Done, small_model
+
+from ldm.checkpoints.folder import Components, open_folder
+from ldm.cli import main
 
 
 def pytest_configure() -> None:
@@ -44,3 +53,73 @@ def noto_font() -> Path:
         return find_font()
     except LdmError as error:  # its sentence says `apt-get install fonts-noto-color-emoji`
         pytest.skip(str(error))
+
+
+@pytest.fixture
+def run(capsys, tmp_path, monkeypatch):
+    """Runs a command in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def command(*words: object) -> Done:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main([str(word) for word in words])
+        out, err = capsys.readouterr()
+        return Done(int(end.value.code or 0), out, err)
+
+    return command
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> Path:
+    """A folder with a model of some thousand random weights that draws 16 x 16 pixels."""
+    return small_model(tmp_path_factory.mktemp("models") / "small")
+
+
+@pytest.fixture(scope="session")
+def opened() -> dict[tuple[object, ...], Components]:
+    """Model folders that `quick` has opened."""
+    return {}
+
+
+@pytest.fixture
+def quick(monkeypatch, opened) -> Iterator[None]:
+    """What makes many runs of the command with small models quick: one thread, for more only wait for each other, and
+    a model folder is opened once for as long as it stays as it is.
+    """
+
+    def once(path: Path, *options: object) -> Components:
+        files = sorted((str(file), file.stat().st_mtime_ns) for file in path.rglob("*") if file.is_file())
+        key = (path.resolve(), *files, *options)
+        if key not in opened:
+            opened[key] = open_folder(path, *options)
+        return opened[key]
+
+    monkeypatch.setattr("ldm.pipeline.open_folder", once)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def draw(run, model):
+    """`ldm generate` with the small model, which must succeed."""
+
+    def command(*words: object) -> Done:
+        done: Done = run("generate", "--model", model, *words)
+        assert done.code == 0, done.err
+        return done
+
+    return command
+
+
+@pytest.fixture
+def planned(draw):
+    """The pictures that `ldm generate` would draw, as it tells them."""
+
+    def command(*words: object) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = json.loads(draw(*words, "--dry-run", "--json").out)["pictures"]
+        return found
+
+    return command

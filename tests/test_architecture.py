@@ -31,7 +31,18 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     ("models.config", "models.layers", "models.*", "models.presets", "models"),
     ("checkpoints.safe", "text.tokenizer", "text.*", "text", "checkpoints checkpoints.*", "lora", "images"),
-    ("request", "runtime", "pipeline", "interop", "data data.*", "evaluation evaluation.*", "training training.*"),
+    (
+        "request",
+        "prompts grid infotext",
+        "runtime",
+        "pipeline",
+        "recipe preview",
+        "gallery",
+        "interop",
+        "data data.*",
+        "evaluation evaluation.*",
+        "training training.*",
+    ),
     ("cli cli.*", "server server.*", "__main__", "<ldm>"),
 )  # fmt: skip
 CODE_LINES = {0: 1400, 1: 900, 2: 2200}  # per floor, without blank lines, comments and docstrings

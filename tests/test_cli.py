@@ -11,97 +11,28 @@ import time
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from helpers import Done, files, pixels, refused
 from PIL import Image
 from typer.main import get_command
 
 import ldm
 import ldm.pipeline
 import ldm.training.loop
-from ldm.checkpoints.folder import Components, save_folder
-from ldm.cli import app, main
-from ldm.cli.generate import NOT_HERE, paths_of
+from ldm.cli import app
+from ldm.cli.options import NOT_HERE
+from ldm.cli.places import paths_of
 from ldm.errors import LdmError, UsageError
-from ldm.models.clip import CLIPTextConfig, CLIPTextModel
-from ldm.models.unet import CROSS, PLAIN, UNet, UNetConfig
-from ldm.models.vae import AutoencoderKL, VAEConfig
 from ldm.pipeline import Pipeline
 from ldm.request import LARGEST_SEED, Request
 from ldm.schedulers import SCHEDULERS
-from ldm.text.tokenizer import CLIPTokenizer
 from ldm.training.state import states
 
 ROOT = Path(__file__).parents[1]
-WINDOW, SIDE = 77, 16  # tokens and pixels of the small model
-
-
-class Done(NamedTuple):
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def run(capsys, tmp_path, monkeypatch):
-    """Runs a command in this process, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def command(*words: object) -> Done:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main([str(word) for word in words])
-        out, err = capsys.readouterr()
-        return Done(int(end.value.code or 0), out, err)
-
-    return command
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory) -> Path:
-    """A folder with a model of some thousand random weights that draws 16 x 16 pixels."""
-    torch.manual_seed(0)
-    tokenizer = CLIPTokenizer.train(["a taco", "an owl", "a pizza"], 514, WINDOW)
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=WINDOW, eos_token_id=2,
-    )  # fmt: skip
-    unet = UNetConfig(
-        sample_size=8, block_out_channels=(16, 32), down_block_types=(PLAIN, CROSS), layers_per_block=1,
-        num_heads=(2, 2), transformer_layers_per_block=(1, 1), cross_attention_dim=32, norm_num_groups=8,
-    )  # fmt: skip
-    vae = VAEConfig(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, sample_size=SIDE)
-    scheduler = {
-        "_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
-        "beta_schedule": "scaled_linear", "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1,
-    }  # fmt: skip
-    folder = tmp_path_factory.mktemp("models") / "small"
-    parts = Components(
-        UNet(unet), AutoencoderKL(vae), CLIPTextModel(text), tokenizer, scheduler, {"num_inference_steps": 2}
-    )
-    save_folder(parts, folder, torch.float32)
-    return folder
-
-
-def files(folder: Path) -> list[str]:
-    """Everything in a folder, hidden files too."""
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
-
-
-def refused(done: Done, code: int, *said: str) -> None:
-    """One sentence on stderr that says these things, nothing on stdout, and this exit code."""
-    assert done.code == code, done
-    assert done.out == ""
-    assert done.err.startswith("error: ") and len(done.err.splitlines()) == 1, done.err
-    assert "Traceback" not in done.err
-    for words in said:
-        assert words in done.err
-
 
 # -- the options are the fields of Request ----------------------------------------------------------------------------
 
@@ -114,10 +45,12 @@ def test_flags_are_the_fields_of_request():
             assert field.name not in parameters
             continue
         found = parameters[field.name]
-        assert found.help == field.metadata["help"]
+        assert found.help.startswith(field.metadata["help"])
         flag = field.metadata["flag"] or field.name.replace("_", "-")
         assert field.name == "prompt" or found.opts == [f"-{flag}" if len(flag) == 1 else f"--{flag}"]
-    own = {"output", "size", "model", "device", "dtype"}
+    own = {"output", "overwrite", "size", "prompts_file", "matrix", "wildcards", "literal", "picture", "config"}
+    own |= {"settings", "model", "device", "dtype", "strip", "gif", "preview", "no_metadata", "as_json", "dry_run"}
+    own |= {"quiet", "verbose"}
     assert parameters.keys() - {"help"} == own | {field.name for field in fields(Request)} - {*NOT_HERE}
 
 
@@ -126,10 +59,10 @@ ORDERS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "all": (
         ["an owl", "a pizza", "--negative", "red", "-n", "3", "--seed", "0", "--steps", "7", "--guidance", "2.5",
          "--guidance-rescale", "0.5", "--height", "64", "--width", "32", "--scheduler", "euler_a", "--eta", "0.25",
-         "--clip-skip", "1"],
+         "--clip-skip", "1", "--variation-strength", "0.5", "--variation-seed", "9"],
         {"prompt": ("an owl", "a pizza"), "negative_prompt": "red", "num_images_per_prompt": 3, "seed": 0,
          "num_inference_steps": 7, "guidance_scale": 2.5, "guidance_rescale": 0.5, "height": 64, "width": 32,
-         "scheduler": "euler_a", "eta": 0.25, "clip_skip": 1},
+         "scheduler": "euler_a", "eta": 0.25, "clip_skip": 1, "variation_strength": 0.5, "variation_seed": 9},
     ),
     "repeated": (
         ["a", "b", "--negative", "c", "--negative", "d", "--seed", "5", "--seed", "3"],
@@ -220,7 +153,7 @@ def test_help_costs_little(tmp_path):
 BAD_ORDERS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "empty prompt": ([""], ("prompt is ''", "for example")),
     "blank prompt": ([" \n"], ("prompt is ",)),
-    "no prompt": ([], ("PROMPT", "ldm generate --help")),
+    "no prompt": ([], ("there is no prompt", "--prompts-file")),
     "unknown option": (["a", "--stepz", "3"], ("--stepz", "--steps")),
     "no number": (["a", "--steps", "many"], ("'many'", "--steps")),
     "unknown scheduler": (["a", "--scheduler", "dpm++2n"], ("'dpm++2n'", "did you mean 'dpm++2m'?")),
@@ -378,10 +311,6 @@ def test_faults_of_our_own_are_said_too(run, monkeypatch):
 # -- drawing ----------------------------------------------------------------------------------------------------------
 
 
-def pixels(path: Path | str) -> np.ndarray:
-    return np.asarray(Image.open(path))
-
-
 def test_pictures_are_those_of_the_pipeline(run, model, tmp_path):
     """Several prompts, pictures, seeds and options: each file holds the picture the Python API gives."""
     options = ["-n", "2", "--seed", "7", "--steps", "2", "--guidance", "2", "--scheduler", "euler_a", "--size", "16x24"]
@@ -410,13 +339,13 @@ def test_own_negatives_of_several_prompts(run, model):
 
 
 def test_a_drawn_seed_draws_the_same_again(run, model):
-    """Without --seed one is drawn and said; with it the picture is the same. A named file is written again."""
+    """Without --seed one is drawn and said; with it the picture is the same."""
     first = run("generate", "an owl", "--model", model, "-o", "a.png")
     (seed,) = re.findall(r"seed (\d+)", first.err)
     before = pixels("a.png")
     assert run("generate", "an owl", "--model", model, "--seed", seed, "-o", "b.png").code == 0
     assert np.array_equal(before, pixels("b.png"))
-    again = run("generate", "an owl", "--model", model, "-o", "a.png")
+    again = run("generate", "an owl", "--model", model, "-o", "a.png", "--overwrite")
     assert again.out == "a.png\n" and re.findall(r"seed (\d+)", again.err) != [seed]
     assert not np.array_equal(before, pixels("a.png"))
 
@@ -435,17 +364,27 @@ def test_places(tmp_path, monkeypatch):
     for output, wanted in {
         "a.JPG": ["a.JPG"],
         "x/{index:03}-{seed}-{prompt}.webp": ["x/000-5-a-b.webp"],
+        "{scheduler}-{steps}-{guidance}-{width}x{height}.avif": ["ddim-2-3.5-8x16.avif"],
         "x/": ["x/a-b-5.png"],
         "x": ["x/a-b-5.png"],
         "dotted.d": ["dotted.d/a-b-5.png"],
     }.items():
-        assert [path.as_posix() for path in paths_of(output, ["a, b"], [5])] == wanted
-    assert [p.name for p in paths_of(None, ["a", "a"], [5, 5])] == ["a-5.png", "a-5-2.png"]
-    names = [p.name for p in paths_of(None, ["Été", "../..", "x" * 300], [1, 2, 3])]
-    assert names == ["été-1.png", "picture-2.png", f"{'x' * 40}-3.png"]
+        order = Request("a, b", seed=5, scheduler="ddim", num_inference_steps=2, guidance_scale=3.5, width=8, height=16)
+        assert [path.as_posix() for path in paths_of(output, [order])] == wanted
+    two = Request(("a", "a"), seed=5, variation_strength=0.1, variation_seed=7)
+    assert [p.name for p in paths_of(None, [Request("a", seed=5)] * 2)] == ["a-5.png", "a-5-2.png"]
+    assert [p.name for p in paths_of(None, [*two.singles()])] == ["a-5-7.png", "a-5-8.png"]
+    hostile = [
+        Request(text, seed=i)
+        for i, text in enumerate(("\u00c9t\u00e9", "../..", "x" * 300, "/etc/passwd", "a\x00b"), 1)
+    ]
+    assert [p.name for p in paths_of(None, hostile)] == [
+        "\u00e9t\u00e9-1.png", "picture-2.png", f"{'x' * 40}-3.png", "etc-passwd-4.png", "a-b-5.png"
+    ]  # fmt: skip
+    assert all(p.parent == Path("in") for p in paths_of("in/{prompt}.png", hostile))  # no prompt leads out of a folder
     for output in ("{seed.x}.png", "{0}.png", "{.png", "{index!x}.png", "{seed[0]}.png", "{index:s}.png"):
         with pytest.raises(UsageError, match="braces"):
-            paths_of(output, ["a"], [1])
+            paths_of(output, [Request("a", seed=1)])
 
 
 def test_ctrl_c_keeps_what_is_finished(run, model, monkeypatch, tmp_path):

@@ -2,6 +2,7 @@
 
 import os
 import stat
+import struct
 
 import numpy as np
 import pytest
@@ -92,7 +93,9 @@ def test_a_contact_sheet_enlarges_small_pictures_by_whole_factors() -> None:
     assert wide.width == 64 + 16
 
 
-@pytest.mark.parametrize(("suffix", "kind"), [(".png", "PNG"), (".JPG", "JPEG"), (".jpeg", "JPEG"), (".webp", "WEBP")])
+@pytest.mark.parametrize(
+    ("suffix", "kind"), [(".png", "PNG"), (".JPG", "JPEG"), (".jpeg", "JPEG"), (".webp", "WEBP"), (".avif", "AVIF")]
+)
 def test_saved_files_hold_the_picture_and_its_text(tmp_path, suffix: str, kind: str) -> None:
     smooth = images.to_pil(torch.linspace(-1, 1, 64).expand(1, 3, 64, 64))[0]
     path = tmp_path / f"picture{suffix}"
@@ -107,13 +110,65 @@ def test_saved_files_hold_the_picture_and_its_text(tmp_path, suffix: str, kind: 
     assert images.read_text(path) == {}
 
 
-def test_png_takes_several_texts_and_jpeg_only_parameters(tmp_path) -> None:
-    texts = {"parameters": PARAMETERS, "ldm": '{"seed": 1}'}
-    images.save(coloured(2, 2, "red"), tmp_path / "a.png", texts)
-    assert images.read_text(tmp_path / "a.png") == texts
-    with pytest.raises(UsageError, match="ldm"):
-        images.save(coloured(2, 2, "red"), tmp_path / "a.jpg", texts)
-    assert not (tmp_path / "a.jpg").exists()
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".avif"])
+def test_every_format_takes_both_texts(tmp_path, suffix: str) -> None:
+    path, texts = tmp_path / f"a{suffix}", {"parameters": PARAMETERS, "ldm": '{"seed": 1}'}
+    images.save(coloured(2, 2, "red"), path, texts)
+    assert images.read_text(path) == texts
+    if suffix != ".png":  # the standard's types, without which other readers do not take the bytes for a text
+        with Image.open(path) as read:
+            tiff = read.info["exif"].removeprefix(b"Exif\0\0")
+        assert struct.unpack(">2sHLHHHLL", tiff[:22]) == (b"MM", 42, 8, 1, 0x8769, 4, 1, 26)
+        assert struct.unpack(">H", tiff[26:28]) == (2,)
+        rows = [struct.unpack(">HHLL", tiff[at : at + 12]) for at in (28, 40)]
+        values = [tiff[start : start + size] for _, _, size, start in rows]
+        assert [row[:2] for row in rows] == [(0x927C, 7), (0x9286, 7)]
+        assert values == [b'ldm\0{"seed": 1}', b"UNICODE\0" + PARAMETERS.encode("utf-16-be")]
+    with pytest.raises(UsageError, match="unknown text key 'seed'"):
+        images.save(coloured(2, 2, "red"), tmp_path / f"b{suffix}", {"seed": "1"})
+    assert not (tmp_path / f"b{suffix}").exists()
+
+
+@pytest.mark.parametrize(
+    "comment",
+    [
+        b"UNICODE\0" + PARAMETERS.encode("utf-16-le"),
+        b"UNICODE\0" + PARAMETERS.encode("utf-16"),  # begins with the mark of its byte order
+        b"UNICODE\0" + b"\xfe\xff" + PARAMETERS.encode("utf-16-be"),
+        b"ASCII\0\0\0" + PARAMETERS.encode() + b"\0",
+    ],
+)
+def test_comments_of_other_writers_are_read(tmp_path, comment: bytes) -> None:
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0x9286] = comment
+    coloured(2, 2, "red").save(tmp_path / "a.jpg", exif=exif)
+    assert images.read_text(tmp_path / "a.jpg") == {"parameters": PARAMETERS}
+    exif.get_ifd(0x8769)[0x9286] = b"JIS\0\0\0\0\0" + comment
+    exif.get_ifd(0x8769)[0x927C] = b"Nikon\0\2"
+    coloured(2, 2, "red").save(tmp_path / "a.jpg", exif=exif)
+    assert images.read_text(tmp_path / "a.jpg") == {}
+
+
+def test_text_that_follows_the_pixels_is_read(tmp_path) -> None:
+    images.save(coloured(2, 2, "red"), tmp_path / "a.png", {"parameters": PARAMETERS})
+    data = (tmp_path / "a.png").read_bytes()
+    start, end = data.index(b"iTXt") - 4, data.index(b"IDAT") - 4
+    (tmp_path / "a.png").write_bytes(data[:start] + data[end:-12] + data[start:end] + data[-12:])
+    assert images.read_text(tmp_path / "a.png") == {"parameters": PARAMETERS}
+
+
+def test_text_too_long_for_the_format_is_said(tmp_path, monkeypatch) -> None:
+    for suffix, length in ((".jpg", 40_000), (".png", 4_000_001)):
+        with pytest.raises(
+            LdmError, match=r"(takes 80,.* a JPEG file holds 65,533; save as \.png|longer than 4,000,000)"
+        ):
+            images.save(coloured(2, 2, "red"), tmp_path / f"a{suffix}", {"parameters": "x" * length})
+    images.save(coloured(2, 2, "red"), tmp_path / "a.webp", {"parameters": "x" * 40_000})
+    images.save(coloured(2, 2, "red"), tmp_path / "a.jpg", {"parameters": "x" * 32_000})
+    assert len(images.read_text(tmp_path / "a.jpg")["parameters"]) == 32_000
+    monkeypatch.setattr(images.features, "check", lambda name: False)
+    with pytest.raises(LdmError, match=r"a\.avif cannot be written, .* without AVIF; save as \.png"):
+        images.save(coloured(2, 2, "red"), tmp_path / "a.avif")
 
 
 def test_files_that_cannot_be_written_or_read_are_said_plainly(tmp_path) -> None:

@@ -68,7 +68,8 @@ class Components:
     """The parts of a latent diffusion model.
 
     scheduler_config: scheduler_config.json as it stands. generation: the request fields (those of DEFAULTS) that suit
-    the model. notes: what the user should hear about how the folder was opened, each said once.
+    the model. notes: what the user should hear about how the folder was opened, each said once. name: what to call it;
+    no path.
     """
 
     unet: UNet
@@ -78,6 +79,7 @@ class Components:
     scheduler_config: Json
     generation: Json = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    name: str = "unnamed"
 
     @property
     def configs(self) -> dict[str, Json]:
@@ -127,6 +129,7 @@ def open_folder(
         scheduler_config=read_json(path / SCHEDULER),
         generation=_generation(read_json(path / GENERATION)) if (path / GENERATION).is_file() else {},
         notes=(*notes, *_variants(variant, taken)),
+        name="unnamed" if path.resolve() == Path.home() else path.resolve().name,
         **models,
     )
     _check_fit(components, str(path))

@@ -9,12 +9,17 @@ import typer
 from typer.main import get_command
 
 from ldm import __version__
-from ldm.cli.common import examples, missing, say
+from ldm.cli.common import examples, missing, printable, say
 from ldm.cli.data import app as data
+from ldm.cli.doctor import doctor
 from ldm.cli.evaluate import app as evaluate
+from ldm.cli.gallery import gallery
 from ldm.cli.generate import generate
+from ldm.cli.grid import grid
+from ldm.cli.info import info
 from ldm.cli.schedulers import schedulers
 from ldm.cli.train import app as train
+from ldm.cli.verify import verify
 from ldm.errors import LdmError
 
 app = typer.Typer(
@@ -34,9 +39,26 @@ app.command(
         'ldm generate "an owl on a blue background" -n 4 --seed 7 -o owls/',
         'ldm generate "an owl" "a pizza" --steps 30 --scheduler dpm++2m -o "out/{index:03}-{seed}.png"',
         'ldm generate "a cat" --model path/to/model-folder --size 512x512 --device cuda --dtype fp16 -o cat.jpg',
+        'ldm generate "a {red|green} owl" -n 4 --strip --gif',
+        'ldm generate "a taco|on a red background|in front of a blue background" --matrix --seed 7',
+        "ldm generate --prompts-file prompts.txt -o owls/ --json",
+        'ldm generate "an owl" --seed 7 --variation-strength 0.2 -n 4',
+        "ldm generate --from out/an-owl-7.png --steps 50",
     )
 )(generate)
-app.command(epilog=examples("ldm schedulers", 'ldm generate "an owl" --scheduler euler_a'))(schedulers)
+app.command(
+    epilog=examples(
+        'ldm grid "an owl on a blue background" --x steps=5,10,20 --y guidance=1..7:2 --seed 7',
+        'ldm grid "a taco" --x scheduler=ddim,euler,dpm++2m --y seed=1..3 -o schedulers.png',
+    )
+)(grid)
+app.command(epilog=examples("ldm verify out/an-owl-7.png", "ldm verify owl.png --model path/to/model-folder --json"))(
+    verify
+)
+app.command(epilog=examples("ldm info out/an-owl-7.png", "ldm info weights", "ldm info lora.safetensors --json"))(info)
+app.command(epilog=examples("ldm gallery out", 'ldm gallery out -o page.html --title "Owls" --overwrite'))(gallery)
+app.command(epilog=examples("ldm schedulers", "ldm schedulers --plot levels.png --steps 10"))(schedulers)
+app.command(epilog=examples("ldm doctor", "ldm doctor --json"))(doctor)
 
 
 def _version(asked: bool) -> None:
@@ -52,7 +74,7 @@ def root(
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error; may stand anywhere")] = False,
 ) -> None:
-    """Latent diffusion from end to end: train, draw, judge."""
+    """Latent diffusion from end to end: draw, look, train, judge."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -70,7 +92,7 @@ def main(args: Sequence[str] | None = None) -> None:
         if debug:
             traceback.print_exc()
         sentence, code = verdict(error)
-        say(f"error: {' '.join(sentence.split())}")
+        say(f"error: {printable(' '.join(sentence.split()))}")
     sys.exit(code if isinstance(code, int) else 0)
 
 

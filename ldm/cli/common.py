@@ -2,14 +2,15 @@
 
 import os
 import sys
-from collections.abc import Callable
+import unicodedata
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ldm.errors import LdmError
+from ldm.errors import LdmError, UsageError
 
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn
@@ -58,6 +59,28 @@ def whole(low: int | None = None, high: int | None = None) -> Callable[[str | in
     return parse
 
 
+def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
+    """["loop.steps=10"] -> {"loop.steps": 10}; values are YAML. UsageError for what is no KEY=VALUE."""
+    import yaml
+
+    parsed = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        try:
+            parsed[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            equals = ""
+        if not key or not equals:
+            raise UsageError(f"--set {setting!r} is no KEY=VALUE; write for example --set loop.steps=10")
+    return parsed
+
+
+def printable(text: str) -> str:
+    """Foreign text as it may go to a terminal: control characters (escapes, directions) are shown, not obeyed."""
+    hidden = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+    return "".join(repr(c)[1:-1] if unicodedata.category(c) in hidden and c not in "\n\u200d" else c for c in text)
+
+
 def say(text: str) -> None:
     """One line for the person, on stderr: stdout is for what programs read."""
     print(text, file=sys.stderr, flush=True)
@@ -68,13 +91,13 @@ def terminal() -> bool:
     return sys.stderr.isatty()
 
 
-def progress_bar(*columns: "ProgressColumn | str") -> "Progress":
-    """A bar on stderr that is gone when it is done; nothing at all where stderr is no terminal."""
+def progress_bar(*columns: "ProgressColumn | str", quiet: bool = False) -> "Progress":
+    """A bar on stderr that is gone when it is done; nothing at all where stderr is no terminal, or if quiet."""
     from rich.console import Console
     from rich.progress import Progress
 
     # What goes to stdout meanwhile is shown above the bar if it is the same terminal, and else must stay on stdout.
-    same, silent = sys.stdout.isatty(), not terminal()
+    same, silent = sys.stdout.isatty(), quiet or not terminal()
     return Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=same, disable=silent)
 
 

@@ -1,182 +1,212 @@
 """`ldm generate`: pictures from words. Its options are made from the fields of Request, so that they cannot drift."""
 
-import inspect
-import os
-import re
-from collections.abc import Iterator, Sequence
-from dataclasses import Field, fields, replace
+import errno
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ldm.cli.common import Device, Dtype, Model, free_name, number, progress_bar, refuse_unwritable, say, whole
-from ldm.errors import UsageError, choose
-from ldm.request import Request, make_request
+from ldm.cli.common import Device, Dtype, Model, printable, say
+from ldm.cli.opening import opened
+from ldm.cli.options import Size, typed_fields, with_request
+from ldm.cli.orders import Sources, gathered, singles
+from ldm.cli.places import OUTPUT, paths_of, refuse_taken
+from ldm.errors import LdmError
+from ldm.request import Request
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
+    from ldm.cli.drawing import Drawn
     from ldm.pipeline import Pipeline
+    from ldm.recipe import Found, Recipe
 
-NOT_HERE = ("output_type",)  # fields that a command which writes picture files has no use for
-AT_ONCE = 8  # pictures in one network call on CUDA; the CPU draws one by one, so each is saved when it is done
-KINDS: dict[type, tuple[str, Any]] = {int: ("N", whole()), float: ("NUMBER", number), str: ("TEXT", None)}
-SLUG = 40  # characters of the prompt in a file's name
-OUTPUT = "file (.png, .jpg, .webp), folder, or pattern with {index}, {seed}, {prompt}; absent = a free name in out/"
-
-
-def flag_of(field: "Field[Any]") -> str:
-    """The command-line flag of a field of Request: --steps, --guidance, -n."""
-    name = field.metadata["flag"] or field.name.replace("_", "-")
-    return f"-{name}" if len(name) == 1 else f"--{name}"
+FROM = "draw again what this picture's recipe says (of ldm, A1111 or ComfyUI); other options replace parts of it"
+SET = "replace one field (seed=7, scheduler=euler_a), also of --config; may be repeated"
+LOOKS = {"strip": ".strip.png", "gif": ".gif"}  # what is written beside a picture, and the end of its name
 
 
-def parameter_of(field: "Field[Any]", hint: Any) -> inspect.Parameter:
-    """The command's parameter that stands for a field of Request; where the field takes a tuple, it may be repeated."""
-    kinds = get_args(hint) or (hint,)
-    kind = next(kind for kind in kinds if kind in (int, float, str))
-    several = any(get_origin(kind) is tuple for kind in kinds)
-    text = field.metadata["help"]
-    default: Any = None if several else field.default
-    taken: Any = (list[kind] if several else kind) | None  # type: ignore[valid-type]  # made at run time
-    metavar, parser = KINDS[kind]
-    info: Any = typer.Option(flag_of(field), metavar=metavar, parser=parser, help=text)
-    if field.name == "prompt":
-        taken, info, default = list[str], typer.Argument(metavar="PROMPT", help=text), inspect.Parameter.empty
-    return inspect.Parameter(
-        field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[taken, info]
-    )
+@dataclass(frozen=True)
+class Manner:
+    """How results are told and kept."""
 
+    json: bool = False
+    quiet: bool = False
+    verbose: bool = False
+    metadata: bool = True
+    strip: bool = False
+    gif: bool = False
+    preview: bool = False
 
-def signature() -> inspect.Signature:
-    """The command's: the prompts, where to put the pictures, the fields of Request, then what opens the model."""
-    hints = get_type_hints(Request)
-    order = [parameter_of(field, hints[field.name]) for field in fields(Request) if field.name not in NOT_HERE]
-    own = {p.name: p for p in inspect.signature(generate).parameters.values() if p.kind is not p.VAR_KEYWORD}
-    at = [p.name for p in order].index("height")
-    return inspect.Signature([order[0], own.pop("output"), *order[1:at], own.pop("size"), *order[at:], *own.values()])
+    def tell(self, text: str) -> None:
+        """One line for the person, unless they want none."""
+        if not self.quiet:
+            say(text)
 
 
 def generate(
     *,
     output: Annotated[str | None, typer.Option("--output", "-o", metavar="PATH", help=OUTPUT)] = None,
-    size: Annotated[
-        str | None,
-        typer.Option("--size", metavar="WxH", help="pixels: 64x48, or 64 for a square; absent = the model's"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace files that are there, unasked")] = False,
+    size: Size = None,
+    prompts_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="prompts, one a line; .jsonl: an object of any of these options a line"),
     ] = None,
+    matrix: Annotated[
+        bool, typer.Option("--matrix", help="'a taco|on fire|at night': every combination of the parts")
+    ] = False,
+    wildcards: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="lists for __name__ in prompts; {red|blue} needs none")
+    ] = None,
+    literal: Annotated[bool, typer.Option("--literal", help="take prompts as they stand, braces and all")] = False,
+    picture: Annotated[Path | None, typer.Option("--from", metavar="PICTURE", help=FROM)] = None,
+    config: Annotated[Path | None, typer.Option("--config", metavar="FILE", help="YAML file of these options")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=SET)] = None,
     model: Model = None,
     device: Device = None,
     dtype: Dtype = None,
+    strip: Annotated[
+        bool, typer.Option("--strip", help="also write the way from noise to picture, as a strip")
+    ] = False,
+    gif: Annotated[bool, typer.Option("--gif", help="also write it as an animation")] = False,
+    preview: Annotated[bool, typer.Option("--preview", help="show the picture in the terminal while it comes")] = False,
+    no_metadata: Annotated[bool, typer.Option("--no-metadata", help="write no recipe into the pictures")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object a picture on stdout")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be drawn, and how, and stop")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="nothing on stderr but errors")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="also say how and how quickly it is drawn")] = False,
     **given: Any,
 ) -> None:
     """Draw pictures from words.
 
-    Their paths go to stdout, one a line, their seeds to stderr: the same seed draws the same picture. What is left out,
-    the model chooses (its generation_config.json).
+    Their paths go to stdout, one a line, their seeds to stderr: the same seed draws the same picture. Each carries its
+    recipe. What is left out, the model chooses (its generation_config.json).
     """
-    request = request_of(given, size)
-    from ldm.images import save
-    from ldm.pipeline import Pipeline
+    sources = Sources(picture, config, settings or (), prompts_file, matrix, wildcards, literal)
+    manner = Manner(as_json, quiet, verbose, not no_metadata, strip, gif, preview)
+    found = recipe_in(picture, manner) if picture else None
+    written = found.request if found else {}
+    orders, beside = gathered(sources, written, typed_fields(given, size))
+    typed = {"model": model, "device": device, "dtype": dtype, "output": output}
+    chosen = beside | {name: value for name, value in typed.items() if value is not None}
+    output = chosen.pop("output", None)
+    recipe = found.recipe if found else None
+    pipeline = opened(recipe, **chosen)
+    if recipe and "model" not in chosen:  # in another type of numbers the same model has other digests
+        refuse_other_model(opened(recipe) if "dtype" in chosen else pipeline, recipe)
+    pictures = singles([pipeline.resolve(order) for order in orders], sources, written)
+    paths = paths_of(output, pictures)
+    if dry_run:
+        from ldm.cli.plan import plan
 
-    pipeline = Pipeline.from_pretrained(model, device=device, dtype=dtype)
-    order = pipeline.resolve(request)
-    seeds = order.seeds(pipeline.count(order))
-    prompts = [prompt for prompt in order.prompts for _ in range(order.num_images_per_prompt)]
-    paths = paths_of(output, prompts, seeds)
-    for path in paths:
-        refuse_unwritable(path)
+        print(plan(pipeline, pictures, paths, as_json))
+        return
+    refuse_taken([each for path in paths for each in (path, *beside_of(path, manner).values())], overwrite)
+    carry_out(pipeline, pictures, paths, manner)
+
+
+def carry_out(pipeline: "Pipeline", pictures: Sequence[Request], paths: Sequence[Path], manner: Manner) -> None:
+    """Draw and keep the pictures. Ctrl-C keeps those that are done, and leaves with 130."""
     for note in pipeline.notes:
-        say(f"note: {note}")
-    done = 0
+        manner.tell(f"note: {note}")
+    done: list[Path] = []
     try:
-        for path, seed, picture in zip(paths, seeds, draw(pipeline, order), strict=True):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save(picture, path)
-            done += 1
-            say(f"seed {seed}")
-            print(path, flush=True)
+        write(pipeline, pictures, paths, manner, done)
     except KeyboardInterrupt:
-        say(f"stopped: {done} of {len(paths)} pictures are drawn and kept; the next one's seed is {seeds[done]}")
+        at = f"the next one's seed is {pictures[len(done)].seed}" if len(done) < len(paths) else "all of them"
+        say(f"stopped: {len(done)} of {len(paths)} pictures are drawn and kept; {at}")
         raise typer.Exit(130) from None
 
 
-def request_of(given: dict[str, Any], size: str | None) -> Request:
-    """The Request of what was typed. UsageError: a value out of range, or a size that is none or is said twice."""
-    typed = {name: value for name, value in given.items() if value is not None and value != []}
-    chosen = {name: v[0] if isinstance(v, list) and len(v) == 1 else v for name, v in typed.items()}
-    if size is not None:
-        if "height" in chosen or "width" in chosen:
-            raise UsageError("--size was given together with --height or --width; give one or the other")
-        match = re.fullmatch(r"([+-]?\d{1,9})(?:[xX\u00d7]([+-]?\d{1,9}))?", size.strip())  # the last is the times sign
-        if match is None:
-            raise UsageError(f"size is {size!r}; it must be WIDTHxHEIGHT or one number of pixels, for example 64x64")
-        chosen |= {"width": int(match[1]), "height": int(match[2] or match[1])}
-    return make_request(None, chosen)
+def recipe_in(picture: Path, manner: Manner) -> "Found":
+    """The recipe a picture carries; what of it cannot be carried over is said."""
+    from ldm.recipe import read
 
-
-def paths_of(output: str | None, prompts: Sequence[str], seeds: Sequence[int]) -> list[Path]:
-    """Where each picture goes: free names in a folder, or the file or pattern named, which are overwritten.
-
-    UsageError: an unknown pattern or suffix, or one file for several pictures.
-    """
-    if output is None or output.endswith(("/", os.sep)) or os.path.isdir(output) or not re.search(r"[.{]", output):
-        named: list[Path] = []
-        for prompt, seed in zip(prompts, seeds, strict=True):
-            named.append(free_name(Path(output or "out", f"{slug(prompt)}-{seed}.png"), {*named}))
-        return named
-    from ldm.images import FORMATS
-
-    try:
-        rows = enumerate(zip(prompts, seeds, strict=True))
-        found = [Path(output.format(index=i, seed=seed, prompt=slug(prompt))) for i, (prompt, seed) in rows]
-    except (KeyError, IndexError, ValueError, AttributeError, TypeError):
-        known = "{index}, {seed} and {prompt}, for example 'out/{index:03}-{seed}.png'"
-        raise UsageError(f"output is {output!r}; what may stand in braces is {known}") from None
-    for path in found:
-        choose("image suffix", path.suffix.lower(), FORMATS)
-    if len(set(found)) < len(found):
-        raise UsageError(
-            f"{len(found)} pictures do not fit into {found[0]}; name a folder (out/) or a pattern (out/{{index}}.png)"
-        )
+    found = read(picture)
+    for note in found.notes:
+        manner.tell(f"note: {printable(note)}")
     return found
 
 
-def slug(prompt: str) -> str:
-    """The words of a prompt as they may stand in a file's name."""
-    return re.sub(r"\W+", "-", prompt.lower())[:SLUG].strip("-") or "picture"
+def refuse_other_model(pipeline: "Pipeline", recipe: "Recipe") -> None:
+    """LdmError when the model is not the one of a recipe."""
+    from ldm.recipe import digests
 
-
-def draw(pipeline: "Pipeline", order: Request) -> "Iterator[Image]":
-    """The pictures of a resolved request, each as soon as it is done, with a progress bar on a terminal.
-
-    Drawn in parts, which changes no picture: each comes from its own seed alone.
-    """
-    n, count, steps = order.num_images_per_prompt, pipeline.count(order), order.num_inference_steps or 0
-    negatives = order.negative_prompts or ("",)
-    seeds, at_once = order.seeds(count), AT_ONCE if pipeline.device.type == "cuda" else 1
-    if count > at_once:  # a prompt that is too long is refused before the first picture is drawn, not after some
-        for text in dict.fromkeys((*order.prompts, *negatives)):
-            pipeline.encode([text], order.clip_skip)
-    with progress_bar() as bar:
-        task = bar.add_task("drawing", total=steps * count)
-        for first in range(0, count, at_once):
-            rows = range(first, min(first + at_once, count))
-            part = replace(
-                order,
-                prompt=tuple(order.prompts[i // n] for i in rows),
-                negative_prompt=tuple(negatives[i // n if len(negatives) > 1 else 0] for i in rows),
-                num_images_per_prompt=1,
-                seed=tuple(seeds[i] for i in rows),
+    now = digests(pipeline)
+    for name, then in recipe.components.items():
+        if now.get(name) != then:
+            raise LdmError(
+                f"the picture was drawn by another model, {printable(recipe.model)!r}: its {name} is {then[:10]}, here "
+                f"{now.get(name, 'none')[:10]}; name its folder with --model, or name any other to draw with that"
             )
-            bar.update(task, description=f"picture {rows[-1] + 1} of {count}" if count > 1 else "drawing")
-            step = None
-            for step in pipeline.sample(part):  # noqa: B007  # the last is wanted
-                bar.advance(task, len(rows))
-            assert step is not None  # a request has at least one step
-            pictures = pipeline.pictures(step.latents)
-            assert isinstance(pictures, list)  # the output type "pil"
-            yield from pictures
 
 
-generate.__signature__ = signature()  # type: ignore[attr-defined]  # what typer reads
+def beside_of(path: Path, manner: Manner) -> dict[str, Path]:
+    """What is written beside a picture: strip and animation, by name."""
+    return {name: path.with_name(path.stem + end) for name, end in LOOKS.items() if getattr(manner, name)}
+
+
+def write(
+    pipeline: "Pipeline", pictures: Sequence[Request], paths: Sequence[Path], manner: Manner, done: list[Path]
+) -> None:
+    """Draw and keep the pictures; `done` grows by each that is whole. LdmError: the disk is full."""
+    from ldm.cli.drawing import draw
+    from ldm.recipe import digests
+
+    components = digests(pipeline) if manner.metadata or manner.json else {}
+    if manner.verbose:
+        manner.tell(f"{pipeline.components.name} on {pipeline.device}, {pipeline.dtype}")
+    drawn = draw(pipeline, pictures, manner.strip or manner.gif, manner.preview, manner.quiet)
+    for index, (path, one) in enumerate(zip(paths, drawn, strict=True)):
+        try:
+            keep(pipeline, one, path, manner, components)
+        except (OSError, LdmError) as error:  # writing a file makes the second of the first
+            cause = error if isinstance(error, OSError) else error.__cause__
+            if not isinstance(cause, OSError) or cause.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise LdmError(
+                f"the disk is full: {path} needs some {one.image.width * one.image.height * 3:,} bytes; "
+                f"{len(done)} of {len(paths)} pictures are whole and kept, free some space for the rest"
+            ) from error
+        done.append(path)
+        manner.tell(f"seed {one.request.seed}" + varied(one.request))
+        if manner.verbose:
+            steps = one.request.num_inference_steps or 0
+            manner.tell(f"{one.request.scheduler}, {steps} steps in {one.seconds:.2f} s, {steps / one.seconds:.1f}/s")
+        print(line_of(index, path, one, manner, components) if manner.json else path, flush=True)
+
+
+def keep(pipeline: "Pipeline", one: "Drawn", path: Path, manner: Manner, components: dict[str, str]) -> None:
+    """Write a picture with its recipe, and the strip and animation asked for."""
+    from ldm.checkpoints.safe import atomic_bytes
+    from ldm.images import save
+    from ldm.preview import animation, strip
+    from ldm.recipe import recipe_of, texts
+
+    text = texts(recipe_of(pipeline, one.request, components)) if manner.metadata else None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    places = beside_of(path, manner)
+    if "strip" in places:
+        save(strip([*one.frames, one.image]), places["strip"], text)
+    if "gif" in places:
+        atomic_bytes(places["gif"], animation([*one.frames, one.image]))
+    save(one.image, path, text)
+
+
+def varied(request: Request) -> str:
+    """ ", variation 5" of a picture that is one."""
+    return "" if request.variation_seed is None else f", variation {request.variation_seed}"
+
+
+def line_of(index: int, path: Path, one: "Drawn", manner: Manner, components: dict[str, str]) -> str:
+    """A picture as one line of JSON."""
+    from ldm.recipe import fields_of
+
+    beside = {name: str(place) for name, place in beside_of(path, manner).items()}
+    told = {"path": str(path), "index": index, "seconds": round(one.seconds, 3), **beside}
+    return json.dumps(told | {"request": fields_of(one.request), "components": components})
+
+
+generate.__signature__ = with_request(generate, ("output", "overwrite"))  # type: ignore[attr-defined]  # typer reads it

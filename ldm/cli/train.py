@@ -8,12 +8,11 @@ from contextlib import contextmanager
 from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ldm.cli.common import examples, needs, progress_bar, refuse_unwritable, say, terminal
-from ldm.errors import UsageError
+from ldm.cli.common import examples, needs, parse_settings, progress_bar, refuse_unwritable, say, terminal
 
 if TYPE_CHECKING:
     from ldm.training.config import LoopConfig
@@ -67,22 +66,6 @@ def clip(config: Config, settings: Settings = None, device: Where = None) -> Non
 def denoiser(config: Config, settings: Settings = None, device: Where = None) -> None:
     """Train the U-Net on the latents and texts of the two other stages, and put the model together."""
     run("denoiser", config, settings or [], device)
-
-
-def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
-    """["loop.steps=10"] -> {"loop.steps": 10}; values are YAML. UsageError for what is no KEY=VALUE."""
-    import yaml
-
-    parsed = {}
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        try:
-            parsed[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            equals = ""
-        if not key or not equals:
-            raise UsageError(f"--set {setting!r} is no KEY=VALUE; write for example --set loop.steps=10")
-    return parsed
 
 
 def run(name: str, config: Path, settings: list[str], device: str | None) -> None:

@@ -1,0 +1,95 @@
+"""Drawing a list of pictures with a bar or a live preview, each handed out as soon as it is done."""
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from ldm.cli.common import progress_bar, terminal
+from ldm.request import Request
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from ldm.pipeline import Pipeline
+
+AT_ONCE = 8  # pictures in one network call on CUDA; the CPU draws one by one, so each is saved when it is done
+MOST_FRAMES = 24  # of a run in a strip or an animation, the picture itself the last
+PREVIEW_COLUMNS, PREVIEW_EVERY = 48, 0.25  # of the terminal; seconds between two pictures there
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A finished picture."""
+
+    request: Request  # of this one picture
+    image: "Image"
+    seconds: float  # its share of the time of its network calls
+    frames: tuple["Image", ...]  # the estimates of it along the run, if they were asked for
+
+
+def calls(pictures: Sequence[Request], at_once: int) -> Iterator[Request]:
+    """Requests of at most `at_once` neighbouring pictures that may go through the networks together."""
+
+    def shared(picture: Request) -> Request:
+        return replace(picture, prompt=(), negative_prompt="", seed=None, variation_seed=None)
+
+    for _, group in groupby(pictures, shared):
+        alike = list(group)
+        for rows in (alike[i : i + at_once] for i in range(0, len(alike), at_once)):
+            own = {name: tuple(getattr(row, name) for row in rows) for name in ("prompt", "negative_prompt", "seed")}
+            varied = tuple(row.variation_seed for row in rows) if rows[0].variation_strength else None
+            yield replace(rows[0], **own, variation_seed=varied)  # type: ignore[arg-type]  # of single pictures
+
+
+def refuse_long(pipeline: "Pipeline", pictures: Sequence[Request]) -> None:
+    """UsageError for a prompt beyond the encoder's window, before the first picture is drawn and not after some."""
+    texts = {(text, p.clip_skip) for p in pictures for text in (*p.prompts, *p.negative_prompts)}
+    for text, clip_skip in texts:
+        pipeline.encode([text], clip_skip)
+
+
+def draw(
+    pipeline: "Pipeline", pictures: Sequence[Request], frames: bool, preview: bool, quiet: bool
+) -> Iterator[Drawn]:
+    """The pictures in order. frames: keep the estimates of each along its run; preview: show them while they come;
+    quiet: show no bar.
+    """
+    from rich.console import Group
+    from rich.live import Live
+    from rich.text import Text
+
+    from ldm.preview import chosen, fit_latent_to_rgb, half_blocks, preview_image
+
+    if len(pictures) > 1:
+        refuse_long(pipeline, pictures)
+    at_once = AT_ONCE if pipeline.device.type == "cuda" else 1
+    bar, watched = progress_bar(quiet=quiet), preview and terminal() and not quiet
+    map_to_rgb = fit_latent_to_rgb(pipeline.vae) if watched else None
+    same = sys.stdout.isatty()  # then what goes there is shown above the picture, and not in the midst of it
+    live = Live(bar, console=bar.console, transient=True, redirect_stdout=same) if watched else None
+    with live or bar:
+        task, done = bar.add_task("drawing", total=sum(p.num_inference_steps or 0 for p in pictures)), 0
+        for call in calls(pictures, at_once):
+            n, steps, kept = len(call.prompts), call.num_inference_steps or 0, list[list["Image"]]()
+            wanted = set(chosen(steps, MOST_FRAMES)[:-1]) if frames else set[int]()  # the last is the picture
+            name = f"picture {done + n} of {len(pictures)}" if len(pictures) > 1 else "drawing"
+            bar.update(task, description=name)
+            begun, shown, step = time.perf_counter(), 0.0, None
+            for step in pipeline.sample(call):
+                bar.advance(task, n)
+                if step.index in wanted:
+                    kept.append(pipeline.pictures(step.x0))  # type: ignore[arg-type]  # the output type "pil"
+                if live and map_to_rgb is not None and time.perf_counter() - shown > PREVIEW_EVERY:
+                    shown = time.perf_counter()
+                    colour = not os.environ.get("NO_COLOR")
+                    art = half_blocks(preview_image(step.x0[0], map_to_rgb), PREVIEW_COLUMNS, colour)
+                    live.update(Group(Text.from_ansi(art), bar))
+            assert step is not None  # a request has at least one step
+            images = pipeline.pictures(step.latents)
+            seconds, done = (time.perf_counter() - begun) / n, done + n
+            for i, (image, single) in enumerate(zip(images, call.singles(), strict=True)):
+                yield Drawn(single, image, seconds, tuple(frame[i] for frame in kept))

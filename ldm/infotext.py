@@ -1,0 +1,362 @@
+"""What other tools write into their pictures <-> fields of Request: A1111's "parameters" text and ComfyUI's graph.
+
+A1111's form (its modules/infotext_utils.py and processing.py): the prompt, on one line or more; a line that begins with
+"Negative prompt:" and its following lines, if there is one; and a last line of three or more "Key: value" pairs.
+Nothing here imports torch.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from ldm.errors import ModelError, UsageError
+from ldm.request import Request
+
+
+class Sampler(NamedTuple):
+    """What others call a scheduler: A1111's "Sampler" and "Schedule type", ComfyUI's sampler_name and scheduler."""
+
+    a1111: str
+    schedule_type: str | None
+    comfy: str
+    comfy_schedule: str
+
+
+SAMPLERS = {  # a row for each of ldm.schedulers.SCHEDULERS, which to import would cost seconds
+    "ddpm": Sampler("DDPM", None, "ddpm", "normal"),
+    "ddim": Sampler("DDIM", None, "ddim", "ddim_uniform"),
+    "euler": Sampler("Euler", "Uniform", "euler", "normal"),
+    "euler_a": Sampler("Euler a", "Uniform", "euler_ancestral", "normal"),
+    "heun": Sampler("Heun", "Uniform", "heun", "normal"),
+    "dpm++2m": Sampler("DPM++ 2M", "Uniform", "dpmpp_2m", "normal"),
+    "dpm++2m_karras": Sampler("DPM++ 2M", "Karras", "dpmpp_2m", "karras"),
+}
+PLAIN_SCHEDULES = ("", "automatic", "uniform", "normal", "ddim", "ddim_uniform")  # the model's own levels
+AUTOMATIC_KARRAS = ("dpm++ 2m",)  # A1111's samplers whose schedule is Karras when "Automatic" is chosen
+
+ORDER = ("Steps", "Sampler", "Schedule type", "CFG scale", "Seed", "Size", "Model hash", "Model", "Variation seed",
+         "Variation seed strength", "Clip skip", "Eta", "Eta DDIM", "RNG", "Version")  # fmt: skip
+FEWEST_KEYS = 3  # in the last line, for it to count
+# A1111's `\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)`, which takes the square of the length where words
+# have no colon after them. This takes such words too, without a value, and so never goes back.
+PAIR = re.compile(r'(\w[\w \-/]+)(?::\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$))?')
+SIZE = re.compile(r"(\d+)x(\d+)", re.ASCII)
+NETWORK = re.compile(r"<(?:lora|lyco|hypernet):[^<>]{1,200}>")
+CARRIED = {  # A1111's number -> field; of the others ORDER tells which are understood
+    "Steps": "num_inference_steps", "CFG scale": "guidance_scale", "Seed": "seed", "Size-1": "width",
+    "Size-2": "height", "Clip skip": "clip_skip", "Variation seed": "variation_seed",
+    "Variation seed strength": "variation_strength", "Eta": "eta", "Eta DDIM": "eta",
+}  # fmt: skip
+FLOATS = ("guidance_scale", "variation_strength", "eta")
+DIGITS = 20  # of the longest whole number that is read: seeds of other tools have 64 bits
+MOST_NODES = 64  # of a graph that are gone through to find one thing
+MOST_INPUTS = 200  # of a node; one with more is none of a person's
+MOST_NAMED = 8  # keys or nodes that a note names
+
+
+def write(fields: Mapping[str, Any], extra: Mapping[str, str]) -> str:
+    """The "parameters" text of one picture, in A1111's form and order of keys.
+
+    fields: those of Request for this picture; None, and what A1111 has no key for, is left out. extra: further keys and
+    values ("Model hash", "Model", "RNG", "Version"); unknown ones come before "Version". UsageError: under three keys,
+    which no reader would take for parameters.
+    """
+    name = fields.get("scheduler")
+    sampler = SAMPLERS.get(name or "", Sampler(name or "", None, "", ""))
+    varied, skipped = fields.get("variation_strength"), fields.get("clip_skip")
+    size = (fields.get("width"), fields.get("height"))
+    pairs = {
+        "Steps": fields.get("num_inference_steps"),
+        "Sampler": sampler.a1111,
+        "Schedule type": sampler.schedule_type,
+        "CFG scale": fields.get("guidance_scale"),
+        "Seed": fields.get("seed"),
+        "Size": "{}x{}".format(*size) if all(size) else None,
+        "Variation seed": fields.get("variation_seed") if varied else None,
+        "Variation seed strength": varied or None,
+        "Clip skip": skipped + 1 if skipped else None,  # A1111 counts the last layer as 1
+        "Eta DDIM" if name == "ddim" else "Eta": fields.get("eta"),
+    } | dict(extra)
+    places = {key: ORDER.index(key) if key in ORDER else len(ORDER) - 1.5 for key in pairs}
+    said = [f"{key}: {_quoted(pairs[key])}" for key in sorted(pairs, key=places.__getitem__) if _shown(pairs[key])]
+    if len(said) < FEWEST_KEYS:
+        raise UsageError(f"parameters of {len(said)} keys; give steps, seed and size at least")
+    negative = fields.get("negative_prompt")
+    lines = [fields.get("prompt") or "", f"Negative prompt: {negative}" if negative else "", ", ".join(said)]
+    return "\n".join(line for line in lines if line)
+
+
+def _shown(value: Any) -> str:
+    """A value as A1111 shows it: whole numbers without a point, nothing for None."""
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return "" if value is None else str(value)
+
+
+def _quoted(value: Any) -> str:
+    text = _shown(value)
+    return json.dumps(text, ensure_ascii=False) if re.search("[,:\n]", text) else text
+
+
+def parse(text: str) -> dict[str, str]:
+    """A1111's reading of a "parameters" text: "Prompt", "Negative prompt" and the keys of the last line, where that is
+    one; a value WxH becomes Key-1 and Key-2. Any text can be read.
+    """
+    *lines, last = text.strip().split("\n")
+    pairs = [(m[1], m[2]) for m in PAIR.finditer(last) if m[2] is not None]
+    if len(pairs) < FEWEST_KEYS:
+        lines, pairs = [*lines, last], []
+    lines = [line.strip() for line in lines]
+    at = next((i for i, line in enumerate(lines) if line.startswith("Negative prompt:")), len(lines))
+    negative = [line.removeprefix("Negative prompt:").strip() for line in lines[at:]]
+    found = {"Prompt": "\n".join(lines[:at]).lstrip("\n"), "Negative prompt": "\n".join(negative).lstrip("\n")}
+    for key, value in pairs:
+        value = _unquoted(value)
+        if match := SIZE.fullmatch(value):
+            found |= {f"{key}-1": match[1], f"{key}-2": match[2]}
+        elif value:
+            found[key] = value
+    return found
+
+
+def _unquoted(value: str) -> str:
+    if len(value) > 1 and value[0] == value[-1] == '"':
+        try:
+            return str(json.loads(value))
+        except ValueError:
+            return value
+    return value
+
+
+def request_fields(text: str) -> tuple[dict[str, Any], list[str]]:
+    """A1111's text -> fields of Request, each valid by itself, and notes: a sentence for what was not carried over."""
+    found, fields, notes = parse(text), dict[str, Any](), list[str]()
+    if found["Prompt"]:
+        fields["prompt"] = found["Prompt"]
+    fields["negative_prompt"] = found["Negative prompt"]
+    for key, name in CARRIED.items():
+        if key in found:
+            fields[name] = _number(found[key], name in FLOATS)
+            if fields[name] is None:
+                notes.append(f"{key} is {brief(found[key])}, which is no number; it was left out")
+    if fields.get("clip_skip") is not None:
+        fields["clip_skip"] -= 1
+    if not fields.get("variation_strength"):
+        fields = {name: value for name, value in fields.items() if not name.startswith("variation_")}
+    if "Sampler" in found:
+        _set_scheduler(fields, notes, found["Sampler"], found.get("Schedule type", ""))
+    notes += _model_note(found.get("Model"), found.get("Model hash"))
+    if len(found) > 2 and found.get("RNG") != "CPU":
+        notes.append("its noise did not come from a CPU generator, so the same seed gives another picture here")
+    known = {"Prompt", "Negative prompt", *ORDER, *CARRIED}
+    if lost := [key for key in found if key not in known]:
+        notes.append(f"not carried over: {_listed(lost)}")
+    notes += _network_note(found["Prompt"])
+    return _valid(fields, notes), notes
+
+
+def comfy_fields(prompt_json: str) -> tuple[dict[str, Any], list[str]]:
+    """ComfyUI's API graph (the text "prompt" of its pictures) -> fields of Request and notes, as `request_fields`.
+
+    The sampler read is a KSampler or KSamplerAdvanced, the first whose latents begin empty. ModelError: no JSON object
+    of nodes, too large, or no such sampler.
+    """
+    graph = {
+        key: node
+        for key, node in json_object(prompt_json, "the graph of ComfyUI", lenient=True).items()
+        if isinstance(node, dict) and isinstance(node.get("inputs"), dict) and len(node["inputs"]) <= MOST_INPUTS
+    }
+    samplers = [node["inputs"] for node in graph.values() if node.get("class_type") in ("KSampler", "KSamplerAdvanced")]
+    if not samplers:
+        raise ModelError("the graph of ComfyUI has no KSampler, and no other sampler is read")
+    begun = [(inputs, _latent(graph, inputs)) for inputs in samplers[:MOST_NODES]]
+    inputs, latent = next(((inputs, latent) for inputs, latent in begun if latent is not None), begun[0])
+    notes, fields = list[str](), dict[str, Any]()
+    if len(samplers) > 1:
+        notes.append(f"the graph has {len(samplers)} samplers; the first of them was read")
+    for name, keys in {
+        "num_inference_steps": ("steps",), "guidance_scale": ("cfg",), "seed": ("seed", "noise_seed")
+    }.items():  # fmt: skip
+        value = next((_value(graph, inputs[key]) for key in keys if key in inputs), None)
+        if isinstance(value, int | float):
+            fields[name] = value
+    if latent is None:
+        notes.append("it began from another picture, which was not carried over")
+    else:
+        fields |= {name: _value(graph, latent.get(name)) for name in ("width", "height")}
+        if latent.get("batch_size", 1) != 1:
+            notes.append("it is one of a batch drawn from one seed; only the first of them has this seed's noise")
+    names = [_value(graph, inputs.get(name)) for name in ("sampler_name", "scheduler")]
+    _set_scheduler(fields, notes, *(name if isinstance(name, str) else "" for name in names))
+    for field, key in (("prompt", "positive"), ("negative_prompt", "negative")):
+        fields[field], skipped = _conditioning(graph, inputs.get(key), key)
+        if field == "prompt":
+            fields["clip_skip"] = skipped
+    if inputs.get("denoise", 1) != 1 or inputs.get("add_noise", "enable") != "enable":
+        notes.append("its latents did not begin as noise alone, which was not carried over")
+    notes += _comfy_model(graph, inputs) + _network_note(fields["prompt"] or "")
+    return _valid({name: value for name, value in fields.items() if value is not None}, notes), notes
+
+
+def json_object(text: str, what: str, *, largest: int = 4_000_000, lenient: bool = False) -> dict[str, Any]:
+    """The JSON object of a text that may be hostile. lenient: numbers that are not finite become None.
+
+    ModelError, naming `what`: over `largest` characters, no JSON object, nested too deeply, a whole number of over 20
+    digits, or a number that is not finite.
+    """
+
+    def whole(digits: str) -> int:
+        if len(digits) > DIGITS:
+            raise ValueError("it has a whole number of over 20 digits")
+        return int(digits)
+
+    def real(digits: str) -> float | None:
+        number = float(digits)
+        if math.isfinite(number):
+            return number
+        if lenient:
+            return None
+        raise ValueError("it has a number that is not finite")
+
+    if len(text) > largest:
+        raise ModelError(f"{what} has {len(text):,} characters; at most {largest:,} are read")
+    try:
+        value = json.loads(text, parse_int=whole, parse_float=real, parse_constant=real)
+    except RecursionError:
+        raise ModelError(f"{what} is nested too deeply to be read") from None
+    except ValueError as error:
+        raise ModelError(f"{what} cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{what} is a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def brief(value: Any) -> str:
+    """A stranger's value for a sentence: quoted, short, and with nothing in it that a terminal would obey."""
+    text = f"a JSON {type(value).__name__}" if isinstance(value, list | dict) else repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def _number(text: str, real: bool) -> float | int | None:
+    """The number that a text is; None when it is none, or absurdly long."""
+    try:
+        return None if len(text) > DIGITS + 5 else float(text) if real else int(text)
+    except ValueError:
+        return None
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(brief(name)[1:-1] for name in names[:MOST_NAMED]) + more
+
+
+def _model_note(name: str | None, digest: str | None) -> list[str]:
+    if not name and not digest:
+        return []
+    return [f"it was made with the model {brief(name or 'unnamed')}" + (f", hash {brief(digest)}" if digest else "")]
+
+
+def _network_note(prompt: str) -> list[str]:
+    found = NETWORK.findall(prompt)
+    return [f"the prompt calls for networks that are not loaded: {_listed(found)}"] if found else []
+
+
+def _set_scheduler(fields: dict[str, Any], notes: list[str], sampler: str, schedule: str) -> None:
+    """Sets "scheduler" from the names of another tool; a note where there is none, or none with that schedule.
+
+    Before A1111 had "Schedule type", the sampler's name ended with it: "DPM++ 2M Karras".
+    """
+    name, kind = sampler.strip().lower(), schedule.strip().lower()
+    if name.endswith(" karras"):
+        name, kind = name.removesuffix(" karras"), "karras"
+    if name in AUTOMATIC_KARRAS and kind == "automatic":
+        kind = "karras"
+    rows = {ours: row for ours, row in SAMPLERS.items() if name in (row.a1111.lower(), row.comfy)}
+    ours = next(iter(rows), name if name in SAMPLERS else None)
+    if ours is None:
+        notes.append(f"the sampler {brief(sampler)} is not known here; the model's own scheduler stands in")
+        return
+    exact = [ours for ours, row in rows.items() if kind in ((row.schedule_type or "").lower(), row.comfy_schedule)]
+    fields["scheduler"] = exact[0] if exact else ours
+    if not exact and kind not in PLAIN_SCHEDULES:
+        notes.append(f"the schedule {brief(schedule)} is not known for {ours}; its own noise levels stand in")
+
+
+def _valid(fields: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+    """The fields that Request takes. Of the others a note says why they were left out."""
+    kept: dict[str, Any] = {}
+    pair = {"variation_strength": fields.get("variation_strength")} if "variation_strength" in fields else {}
+    for name, value in fields.items():
+        try:
+            if value is not None:
+                tried: dict[str, Any] = {"prompt": "words"} | (pair if name == "variation_seed" else {})
+                Request(**tried | {name: value})
+                kept[name] = value
+        except UsageError as error:
+            notes.append(f"{str(error)[:200]}; it was left out")
+    return kept
+
+
+def _nodes(graph: Mapping[str, Any], link: Any, through: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The node a link [node, output] leads to, then on along the first of the inputs `through` that is a link, or the
+    only link there is. Ends at a circle, and after MOST_NODES.
+    """
+    seen: set[str] = set()
+    while isinstance(link, list) and len(link) == 2 and isinstance(link[0], str) and len(seen) < MOST_NODES:
+        node = graph.get(link[0])
+        if node is None or link[0] in seen:
+            return
+        seen.add(link[0])
+        yield node
+        links = {key: value for key, value in node["inputs"].items() if isinstance(value, list)}
+        only = next(iter(links.values())) if len(links) == 1 else None
+        link = next((links[key] for key in through if key in links), only)
+
+
+def _value(graph: Mapping[str, Any], value: Any) -> Any:
+    """A number or text, or that of the primitive node a link leads to; None when there is none."""
+    for node in _nodes(graph, value, ()) if isinstance(value, list) else ():
+        plain = (node["inputs"].get(key) for key in ("value", "text", "string", "seed", "noise_seed", "int", "float"))
+        if (found := next((v for v in plain if isinstance(v, str | int | float)), None)) is not None:
+            return found
+    return value if isinstance(value, str | int | float) and not isinstance(value, bool) else None
+
+
+def _latent(graph: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The inputs of the node of empty latents that a sampler begins from; None when there is none."""
+    for node in _nodes(graph, inputs.get("latent_image"), ("samples", "latent")):
+        if str(node.get("class_type")).startswith("Empty") and {"width", "height"} <= node["inputs"].keys():
+            return dict(node["inputs"])
+        if "denoise" in node["inputs"]:  # another sampler: it does not begin here
+            return None
+    return None
+
+
+def _conditioning(graph: Mapping[str, Any], link: Any, side: str) -> tuple[str | None, int | None]:
+    """The text that a sampler's "positive" or "negative" comes from, and the layers of its encoder that are skipped."""
+    through = ("conditioning", "conditioning_1", "conditioning_to", side)
+    for node in _nodes(graph, link, through):
+        if node.get("class_type") == "ConditioningZeroOut":
+            return "", None
+        for key in ("text", "text_g", "text_l"):
+            if isinstance(text := _value(graph, node["inputs"].get(key)), str):
+                for encoder in _nodes(graph, node["inputs"].get("clip"), ("clip",)):
+                    last = encoder["inputs"].get("stop_at_clip_layer")  # -1 is the last one
+                    if isinstance(last, int) and last < -1:
+                        return text, -last - 1
+                return text, None
+    return None, None
+
+
+def _comfy_model(graph: Mapping[str, Any], inputs: Mapping[str, Any]) -> list[str]:
+    """Notes on the model, and on what stands between it and the sampler."""
+    told, passed = list[str](), list[str]()
+    for node in _nodes(graph, inputs.get("model"), ("model",)):
+        name = node["inputs"].get("ckpt_name", node["inputs"].get("unet_name"))
+        if isinstance(name, str):
+            told = _model_note(name, None)
+            break
+        passed.append(str(node.get("class_type")))
+    return told + ([f"not carried over: {_listed(passed)}"] if passed else [])

@@ -1,0 +1,89 @@
+"""What the tests of the commands share: a small model, how a command ended, and what it left behind."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ldm.checkpoints.folder import Components, save_folder
+from ldm.models.clip import CLIPTextConfig, CLIPTextModel
+from ldm.models.unet import CROSS, PLAIN, UNet, UNetConfig
+from ldm.models.vae import AutoencoderKL, VAEConfig
+from ldm.text.tokenizer import CLIPTokenizer
+
+WINDOW, SIDE = 77, 16  # tokens and pixels of the small model
+
+
+class Done(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def files(folder: Path) -> list[str]:
+    """Everything in a folder, hidden files too."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+def refused(done: Done, code: int, *said: str) -> None:
+    """One sentence on stderr that says these things, nothing on stdout, and this exit code."""
+    assert done.code == code, done
+    assert done.out == ""
+    assert done.err.startswith("error: ") and len(done.err.splitlines()) == 1, done.err
+    assert "Traceback" not in done.err
+    for words in said:
+        assert words in done.err, (words, done.err)
+
+
+def pixels(path: Path | str) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def small_model(folder: Path, tokens: int = 514) -> Path:
+    """Write a model of some thousand random weights that draws 16 x 16 pixels. Beyond 514 tokens some are words."""
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.train(["a taco", "an owl", "a pizza", "an owl"], tokens, WINDOW)
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=WINDOW, eos_token_id=2,
+    )  # fmt: skip
+    unet = UNetConfig(
+        sample_size=8, block_out_channels=(16, 32), down_block_types=(PLAIN, CROSS), layers_per_block=1,
+        num_heads=(2, 2), transformer_layers_per_block=(1, 1), cross_attention_dim=32, norm_num_groups=8,
+    )  # fmt: skip
+    vae = VAEConfig(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, sample_size=SIDE)
+    scheduler = {
+        "_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
+        "beta_schedule": "scaled_linear", "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1,
+    }  # fmt: skip
+    parts = Components(
+        UNet(unet), AutoencoderKL(vae), CLIPTextModel(text), tokenizer, scheduler, {"num_inference_steps": 2}
+    )
+    save_folder(parts, folder, torch.float32)
+    return folder
+
+
+def texts_in(path: str | Path) -> dict[str, str]:
+    """What Pillow finds in a picture: the two texts we write, and everything else as it stands."""
+    with Image.open(path) as image:
+        image.load()
+        if image.format == "PNG":
+            return {key: str(value) for key, value in image.info.items()}
+        inner = image.getexif().get_ifd(0x8769)
+        found = {str(tag): repr(value) for tag, value in inner.items()}
+    written = (("parameters", 0x9286, b"UNICODE\0", "utf-16-be"), ("ldm", 0x927C, b"ldm\0", "utf-8"))
+    for key, tag, start, code in written:
+        if tag in inner:
+            assert inner[tag].startswith(start)
+            found[key] = inner[tag][len(start) :].decode(code)
+    return found
+
+
+def told(rows: list[dict[str, Any]], *names: str) -> list[Any]:
+    """One field of each picture, or several of them."""
+    return [row[names[0]] if len(names) == 1 else tuple(row[name] for name in names) for row in rows]
