@@ -124,6 +124,16 @@ def test_version(run):
     assert run("--version") == Done(0, f"ldm {ldm.__version__}\n", "")
 
 
+def test_waiting_threads_give_way(run, monkeypatch):
+    """torch's OpenMP library reads this when it is loaded; what the user says stands, and training is left alone."""
+    for words, said, wanted in ((["schedulers"], None, "2000"), (["schedulers"], "7", "7"), (["train"], None, None)):
+        monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+        if said:
+            monkeypatch.setenv("GOMP_SPINCOUNT", said)
+        run(*words)
+        assert os.environ.get("GOMP_SPINCOUNT") == wanted
+
+
 def test_without_a_word_it_shows_the_help(run):
     assert run() == run("--help")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from helpers import Done, files, pixels, refused, small_model, texts_in, told
 from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
@@ -141,6 +142,23 @@ def test_a_recipe_of_another_model(run, worded, model, monkeypatch, tmp_path):
     refused(run("generate", "--from", "a.png", "-o", "b.png"), 1, "another model", "in the box", then, "--model")
     assert files(tmp_path) == ["a.png", "half.png"]
     assert run("generate", "--from", "a.png", "--model", model, "-o", "b.png").code == 0
+
+
+def test_a_recipe_brings_its_type_and_threads(draw, model, monkeypatch):
+    """A picture is drawn again in its own type of numbers, and by as many threads, within reason."""
+    draw("an owl", "--seed", "7", "--dtype", "bf16", "-o", "a.png")
+    draw("--from", "a.png", "-o", "b.png")
+    assert texts_in("a.png") == texts_in("b.png") and np.array_equal(pixels("a.png"), pixels("b.png"))
+    recipe, asked = json.loads(texts_in("a.png")["ldm"]), list[int]()
+    assert (recipe["dtype"], recipe["threads"]) == ("bfloat16", torch.get_num_threads())
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "set_num_threads", asked.append)
+        for threads in (3, 65536):
+            info = PngImagePlugin.PngInfo()
+            info.add_text("ldm", json.dumps(recipe | {"threads": threads}))
+            Image.new("RGB", (8, 8)).save("c.png", pnginfo=info)
+            draw("--from", "c.png", "-o", "d.png", "--overwrite")
+    assert asked == [3, 256]
 
 
 def test_verify_says_how_far_the_pixels_are(draw, run, model):
