@@ -87,8 +87,8 @@ def main(args: Sequence[str] | None = None) -> None:
     options = words[: words.index("--")] if "--" in words else words
     debug = "--debug" in options
     if "train" not in options[:1]:
-        # How long torch's threads spin when they wait for each other, before they let others run. Left to its default, a
-        # busy neighbour on the same cores makes drawing some twenty times slower; training wants the cores to itself.
+        # How long torch's threads spin while they wait for each other, before they let others run. By its default a
+        # busy neighbour on the cores makes drawing some twenty times slower; training wants the cores to itself.
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     words = [word for word in options if word != "--debug"] + words[len(options) :]
     try:
