@@ -1,0 +1,336 @@
+"""What the documentation and the examples say to type is typed, in order, and works; what they name exists."""
+
+import ast
+import io
+import json
+import re
+import runpy
+import shlex
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from PIL import Image
+from typer.main import get_command
+
+import ldm
+import ldm.training.loop  # docs/api.py loads it: its packages' own warnings are no fault of the page
+from ldm import infotext
+from ldm.cli import app
+from ldm.recipe import NOT_KEPT, Recipe, read
+from ldm.request import Request
+from ldm.schedulers import SCHEDULERS
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = {path.name: path.read_text("utf-8") for path in sorted(DOCS.glob("*.md"))}
+EXAMPLES = [path.name for path in sorted((ROOT / "examples").glob("*.py"))]
+NEED_FONT = ("train", "data", "eval")
+# --set for the commands of training, behind those of the page: without them they would take minutes.
+TINY = ["loop.batch_size=2", "loop.steps=2", "loop.warmup_steps=1", "loop.workers=0", "loop.threads=1"]
+TINY_STAGES = {
+    "first-stage": [
+        "vae.block_out_channels=[4,8]", "vae.layers_per_block=1", "vae.norm_num_groups=2", "vae.sample_size=16",
+        "crop=8", "crops=1", "scales=1", "disc_width=4",
+    ],
+    "clip": [
+        "text.hidden_size=16", "text.intermediate_size=32", "text.num_hidden_layers=1", "text.num_attention_heads=2",
+        "vision.hidden_size=16", "vision.intermediate_size=32", "vision.num_hidden_layers=1", "vision.image_size=16",
+        "vision.num_attention_heads=2", "vision.projection_dim=8",
+    ],
+    "denoiser": [
+        "latents=16", "num_inference_steps=1", "unet.sample_size=8", "unet.block_out_channels=[8,16]",
+        "unet.down_block_types=[DownBlock2D,CrossAttnDownBlock2D]", "unet.norm_num_groups=4", "unet.num_heads=[2,2]",
+        "unet.cross_attention_dim=16", "unet.transformer_layers_per_block=[1,1]",
+    ],
+}  # fmt: skip
+BESIDE_STEPS = {  # what stages compute beside their steps
+    "ldm.training.clip.TOKENIZER_CAPTIONS": 300,
+    "ldm.training.clip.HELD_OUT_SCENES": 16,
+    "ldm.training.denoiser.HELD_OUT_SCENES": 16,
+    "ldm.training.first_stage.SCALE_SCENES": 64,
+}
+
+
+class Block(NamedTuple):
+    """A fenced block: its language, the file its title names, its text, its line in the page."""
+
+    kind: str
+    title: str
+    text: str
+    line: int
+
+
+def blocks(text: str) -> list[Block]:
+    found = re.finditer(r'^```(\w*)(?: title="([^"]*)")?\n(.*?)^```$', text, re.MULTILINE | re.DOTALL)
+    return [Block(m[1], m[2] or "", m[3], text.count("\n", 0, m.start()) + 1) for m in found]
+
+
+def prose(text: str) -> str:
+    """A page without its fenced blocks."""
+    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def commands(block: Block) -> Iterator[list[str]]:
+    """The lines of a block of a shell as words; < and > are words of their own."""
+    for line in block.text.replace("\\\n", " ").splitlines() if block.kind == "sh" else ():
+        lexer = shlex.shlex(line, posix=True, punctuation_chars="<>")
+        lexer.whitespace_split = True
+        if words := list(lexer):
+            yield words
+
+
+def options(command: Any) -> set[str]:
+    return {name for p in command.params if p.param_type_name == "option" for name in p.opts}
+
+
+def leaves(command: Any, path: str = "ldm") -> dict[str, Any]:
+    """The commands that have no commands, by what is typed for them."""
+    inner = getattr(command, "commands", {})
+    return {k: v for name, c in inner.items() for k, v in leaves(c, f"{path} {name}").items()} or {path: command}
+
+
+COMMANDS = leaves(get_command(app))
+FLAG = re.compile(r"(?<![\w-])(--[a-z][a-z-]*[a-z]|--?[a-z])(?![\w-])")
+
+
+@pytest.fixture
+def place(run, tmp_path, monkeypatch, model) -> Iterator[Path]:
+    """An empty folder with configs and weights in it, where a small model is the model in the box."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "weights").symlink_to(model)
+    monkeypatch.setattr("ldm.pipeline.model_in_the_box", lambda: model)
+    monkeypatch.setattr("ldm.evaluation.alignment.first_stage_psnr", lambda *_: 12.5)
+    for name, value in BESIDE_STEPS.items():
+        monkeypatch.setattr(name, value)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield tmp_path
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(False)  # training sets it
+
+
+def made_small(words: list[str]) -> list[str]:
+    """A command with what makes it take seconds."""
+    if words[0] == "train":
+        settings = [*TINY, "corpus.size=16", *TINY_STAGES[words[1]]]
+        return [*words, *(word for setting in settings for word in ("--set", setting))]
+    return [*words, "-n", "2", "--steps", "1"] if words[0] == "eval" else words
+
+
+def execute(words: list[str], run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command of ldm with its redirections; it must succeed."""
+    signs = {sign: words[words.index(sign) + 1] for sign in "<>" if sign in words}
+    typed = words[1 : min((words.index(sign) for sign in signs), default=len(words))]
+    with monkeypatch.context() as patch:
+        if "<" in signs:
+            patch.setattr("sys.stdin", io.StringIO(Path(signs["<"]).read_text("utf-8")))
+        done = run(*made_small(typed))
+    assert done.code == 0, f"{shlex.join(words)}\n{done.err}"
+    if ">" in signs:
+        Path(signs[">"]).write_text(done.out, "utf-8")
+
+
+@pytest.mark.parametrize(
+    "page", [p for p, text in PAGES.items() if any(b.kind in ("sh", "python") for b in blocks(text))]
+)
+def test_a_page_works_as_it_stands(page, place, run, monkeypatch, request):
+    """All its files, commands and Python blocks, in order, in one folder."""
+    names: dict[str, Any] = {}
+    for block in blocks(PAGES[page]):
+        if re.search(r"\.\w+$", block.title):
+            path = place / block.title
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(block.text, "utf-8")
+        elif block.kind == "python":
+            exec(compile("\n" * block.line + block.text, f"docs/{page}", "exec"), names)
+        for words in commands(block):
+            if words[0] != "ldm":
+                assert words[0] in ("make", "python"), words
+                continue
+            if words[1] in NEED_FONT:
+                request.getfixturevalue("noto_font")
+            execute(words, run, monkeypatch)
+
+
+def test_the_pages_have_something_to_run():
+    """The reading above finds the blocks: each command of ldm is typed somewhere on the page about commands."""
+    typed = {" ".join(words) for block in blocks(PAGES["command-line.md"]) for words in commands(block)}
+    for name in COMMANDS:
+        assert any(line.startswith(name) for line in typed), name
+    assert sum(block.kind == "python" for text in PAGES.values() for block in blocks(text)) >= 5
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for text in PAGES.values():
+        assert set(re.findall(r"\bmake (\w+)", "".join(re.findall(r"```sh.*?```|`[^`\n]+`", text, re.S)))) <= {*targets}
+
+
+# -- examples ---------------------------------------------------------------------------------------------------------
+
+SHORT: dict[str, tuple[list[str], list[str]]] = {  # example -> words that make it quick, what it leaves in its folder
+    "draw.py": (["--steps", "2"], ["10.png", "7.png", "8.png", "9.png"]),
+    "batch_from_jsonl.py": ([], ["00000-0.png", "00001-0.png", "00002-0.png", "00002-1.png", "index.jsonl"]),
+    "own_loop.py": (["--steps", "3"], ["estimates.png", "picture.png"]),
+    "threads.py": (["--steps", "2"], [f"{i}.png" for i in range(8)]),
+    "schedulers_compared.py": (["--steps", "1", "2"], ["schedulers.png"]),
+    "latents_between.py": (["--frames", "3", "--steps", "2"], ["between.gif", "between.png"]),
+    "train_tiny.py": (["--steps", "2"], ["clip", "denoiser", "drawn.png", "first_stage"]),
+}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example(name, place, run, monkeypatch, capsys, request):
+    """It says what it shows and how to run it; so run, it leaves what it should."""
+    if name == "train_tiny.py":
+        request.getfixturevalue("noto_font")
+    script = runpy.run_path(str(ROOT / "examples" / name))
+    shows, lines = script["__doc__"].split("\n")[0], re.findall(r"^    (\S.*)$", script["__doc__"], re.MULTILINE)
+    assert shows.endswith(".") and lines[0].startswith(f"python examples/{name} out/")
+    (place / "jobs.jsonl").write_text(script.get("JOBS", ""))
+    words, (quick, left) = shlex.split(lines[0])[2:], SHORT[name]
+    script["main"]([*words, *quick])
+    assert sorted(path.name for path in Path(words[0]).iterdir()) == left
+    said = capsys.readouterr().out
+    for line in lines[1:]:
+        execute(shlex.split(line), run, monkeypatch)
+    if name == "threads.py":
+        assert "8 of 8 pictures are equal" in said
+    if name == "batch_from_jsonl.py":
+        drawn = [json.loads(line) for line in (Path(words[0]) / "index.jsonl").read_text().splitlines()]
+        assert [read(Path(words[0]) / row["path"]).request["seed"] for row in drawn] == [7, 7, 2, 1]
+        script["main"](words)
+        assert capsys.readouterr().out == ""  # nothing is drawn twice
+    if name == "latents_between.py":
+        with Image.open("out/between/between.gif") as frames:
+            assert frames.n_frames == 4  # there in three, and back
+
+
+# -- what the pages say -----------------------------------------------------------------------------------------------
+
+
+def test_the_reference_is_fresh(tmp_path):
+    """docs/api.md is what docs/api.py writes now; --check sees when it is not."""
+    script = runpy.run_path(str(DOCS / "api.py"))
+    assert script["main"](["--check"]) == 0, "run: python docs/api.py"
+    for name in {*ldm.__all__} - {"__version__"}:
+        assert f"### `ldm.{name}`" in PAGES["api.md"]
+    stale = tmp_path / "api.md"
+    stale.write_text(PAGES["api.md"].replace("seed", "sead", 1))
+    script["main"].__globals__["PAGE"] = stale
+    assert script["main"](["--check"]) == 1
+    assert script["main"]([]) == 0 and script["main"](["--check"]) == 0
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors of a page's headings, as Python-Markdown and GitHub both name those without special characters."""
+    headings = re.findall(r"^#+ (.+)$", prose(text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", ["../README.md", *PAGES])
+def test_links_lead_somewhere(page):
+    """Every relative link and picture is there, and so is the heading it points at."""
+    text = (DOCS / page).read_text("utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(text)):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        there = (DOCS / page).parent / path if path else DOCS / page
+        assert there.exists(), target
+        assert not anchor or anchor in anchors(there.read_text("utf-8")), target
+
+
+def test_no_page_speaks_of_an_option_that_no_command_has():
+    known = {"--help", "--check"} | options(get_command(app)).union(*map(options, COMMANDS.values()))
+    found = {flag: page for page, text in PAGES.items() for flag in FLAG.findall(prose(text))}
+    assert len(found) > 40
+    assert {flag: page for flag, page in found.items() if flag not in known} == {}
+
+
+def test_the_page_of_commands_names_every_option():
+    """A section for each command, whose words name its options, all of them and no others."""
+    head, *sections = re.split(r"^## (.+)$", prose(PAGES["command-line.md"]), flags=re.MULTILINE)
+    assert set(FLAG.findall(head)) == options(get_command(app)) | {"--help"}
+    told = dict(zip(sections[::2], sections[1::2], strict=True))
+    assert told.keys() == COMMANDS.keys()
+    for name, command in COMMANDS.items():
+        assert set(FLAG.findall(told[name])) == options(command) - {"--help"}, name
+
+
+def first_cells(text: str, head: str) -> list[str]:
+    """The names in the first column of the table with this head."""
+    table = re.search(rf"^\| {re.escape(head)} \|.*\n\|.*\n((?:\|.*\n)+)", text, re.MULTILINE)
+    assert table is not None, head
+    return [name for row in table[1].splitlines() for name in re.findall(r"`([^`]+)`", row.split("|")[1])]
+
+
+def test_tables_are_complete():
+    """The fields of a recipe and the schedulers, as the code has them."""
+    recipes = PAGES["recipes.md"]
+    assert first_cells(recipes, "field") == ["version", *(field.name for field in fields(Recipe))]
+    kept = {field.name for field in fields(Request)} - {*NOT_KEPT}
+    assert set(first_cells(recipes, "field of `request`")) == kept
+    rows = re.findall(r"^\| `(\S+)` \| ([^|,]+?)(?:, (\w+))? \| (\w+), (\w+) \|$", recipes, re.MULTILINE)
+    assert {row[0]: (row[1], row[2] or None, row[3], row[4]) for row in rows} == infotext.SAMPLERS
+    assert first_cells(PAGES["concepts.md"], "name") == [*SCHEDULERS]
+
+
+def test_the_parameters_shown_are_those_written():
+    (shown,) = [block.text for block in blocks(PAGES["recipes.md"]) if block.title == "parameters"]
+    found, notes = infotext.request_fields(shown)
+    assert found["seed"] == 7 and found["scheduler"] == "ddim" and "sampler" not in " ".join(notes)
+    said = infotext.parse(shown)
+    extra = {key: said[key] for key in ("Model hash", "Model", "RNG", "Version")}
+    assert infotext.write(found, extra) + "\n" == shown
+
+
+def test_pictures_are_drawn_and_small(place, monkeypatch):
+    """docs/pictures.py draws what the pages show, and all of it is under 400 kB."""
+    script = runpy.run_path(str(DOCS / "pictures.py"))
+    there = sorted((DOCS / "pictures").iterdir())
+    assert [path.stem for path in there] == sorted(script["PICTURES"])
+    assert sum(path.stat().st_size for path in there) < 400_000
+    for path in there:
+        assert any(f"](pictures/{path.name})" in text for text in PAGES.values()), path.name
+    script["main"].__globals__["HERE"] = place / "drawn"
+    script["main"]([name for name in script["PICTURES"] if name != "schedulers"])  # 525 steps are too many here
+    for path in (place / "drawn").iterdir():
+        with Image.open(path) as image:
+            assert image.mode == "P" and image.width > image.height
+
+
+def test_the_site_has_every_page():
+    """mkdocs.yml lists each page of the folder once, and nothing else."""
+    listed = re.findall(r"^  - .+: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(PAGES)
+
+
+SAID_ABOVE = {  # public, and explained by the docstring of the class
+    "ldm/data/emoji.py SceneSpec.subject",
+    "ldm/evaluation/reconstruction.py Autoencoder.decode",
+    "ldm/evaluation/reconstruction.py Autoencoder.encode",
+    "ldm/training/clip.py Contrastive.forward",
+    "ldm/training/denoiser.py LatentDiffusion.forward",
+    "ldm/training/first_stage.py FirstStage.forward",
+}
+
+
+def without_docstring(body: list[ast.stmt], name: str) -> Iterator[str]:
+    """The public functions and classes of a module or class that have none; of overloads the last one counts."""
+    for node in body:
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name.startswith("_"):
+            continue
+        marks = [ast.unparse(mark) for mark in node.decorator_list]
+        if not ast.get_docstring(node) and "overload" not in marks:
+            yield f"{name}{node.name}"
+        if isinstance(node, ast.ClassDef):
+            yield from without_docstring(node.body, f"{name}{node.name}.")
+
+
+def test_everything_public_has_a_docstring():
+    found = set[str]()
+    for path in sorted((ROOT / "ldm").rglob("*.py")):
+        found |= {*without_docstring(ast.parse(path.read_text("utf-8")).body, f"{path.relative_to(ROOT)} ")}
+    assert found == SAID_ABOVE
