@@ -170,8 +170,8 @@ def option_lines(fields: Iterable[ast.AnnAssign]) -> Iterator[str]:
         name = ast.unparse(field.target)
         word = flag[0] if flag else name.replace("_", "-")
         option = {"prompt": "", "output_type": ""}.get(name, f"`-{word}`" if len(word) == 1 else f"`--{word}`")
-        kind = ast.unparse(field.annotation).replace("|", r"\|")
-        yield f"| `{name}` | `{kind}` | `{default!r}` | {option} | {escaped(text)} |"
+        kind = ast.unparse(field.annotation).replace("|", "&#124;")  # as code in a table, that of every Markdown
+        yield f"| `{name}` | <code>{kind}</code> | `{default!r}` | {option} | {escaped(text)} |"
     yield ""
 
 

@@ -1,6 +1,6 @@
 """Draws the pictures of these pages into docs/pictures, with the model in the box and from mathematics.
 
-    python docs/pictures.py              # all of them, about a minute on two cores
+    python docs/pictures.py              # all of them, about a minute
     python docs/pictures.py guidance     # one
 
 Sheets are written with 256 colours, so that all together stay small.
@@ -84,12 +84,12 @@ def schedulers(pipeline: ldm.Pipeline, name: str) -> None:
 
 
 def variations(pipeline: ldm.Pipeline, name: str) -> None:
-    """Variations of one seed by strength."""
+    """Variations of one seed by strength, at guidance 1, where the seed decides most."""
     strengths = (0.0, 0.1, 0.2, 0.4, 0.7, 1.0)
     cells = []
     for seed in (1, 2):
         varied = [{"variation_strength": s, "variation_seed": seed} if s else {} for s in strengths]
-        cells += [drawn(pipeline, **fields) for fields in varied]
+        cells += [drawn(pipeline, guidance_scale=1, **fields) for fields in varied]
     keep(plot(cells, [f"strength {s:g}" for s in strengths], ["variation seed 1", "variation seed 2"]), name)
 
 
