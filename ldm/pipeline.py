@@ -154,7 +154,7 @@ class Pipeline:
 
     def resolve(self, request: Request, prompt_embeds: Tensor | None = None) -> Request:
         """The request with every open choice made: the model's defaults, the size, the seeds (drawn if there are
-        none).
+        none). UsageError where it cannot be drawn.
         """
         side = self.unet.config.sample_size * self.vae.config.factor
         scheduler = self.sampling(request.scheduler).scheduler.name
@@ -165,7 +165,19 @@ class Pipeline:
         drawn = ("seed", "variation_seed") if request.variation_strength else ("seed",)
         chosen |= {name: secrets.randbelow(2**32) for name in drawn if getattr(request, name) is None}
         order = replace(request, **chosen)
+        self._refuse_unfit(order)
         return replace(order, seed=order.seeds(count), variation_seed=order.variation_seeds(count))
+
+    def _refuse_unfit(self, order: Request) -> None:
+        """UsageError for what this model, scheduler or machine cannot draw, be it one picture."""
+        assert order.height and order.width
+        factor = self.vae.config.factor
+        if order.height % factor or order.width % factor:
+            raise UsageError(
+                f"size {order.width}x{order.height}; width and height must be multiples of {factor} for this model"
+            )
+        solver_options(self.sampling(order.scheduler), order)
+        refuse_if_too_large(self.unet, self.vae, order.height, order.width, 1, 1)
 
     def count(self, request: Request, prompt_embeds: Tensor | None = None) -> int:
         """How many pictures a request asks for. UsageError: none, too many, or both prompts and embeddings."""
@@ -192,10 +204,6 @@ class Pipeline:
         assert order.height and order.width and order.num_inference_steps and order.guidance_scale is not None
         assert isinstance(order.seed, tuple)
         images, factor = len(order.seed), self.vae.config.factor
-        if order.height % factor or order.width % factor:
-            raise UsageError(
-                f"size {order.width}x{order.height}; width and height must be multiples of {factor} for this model"
-            )
         at_once = images if self.device.type == "cuda" else 1
         refuse_if_too_large(self.unet, self.vae, order.height, order.width, at_once, images)
 

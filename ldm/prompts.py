@@ -15,6 +15,7 @@ from dataclasses import fields
 from difflib import get_close_matches
 from itertools import accumulate
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from ldm.errors import UsageError, choose
@@ -232,31 +233,38 @@ def matrix(text: str) -> list[str]:
     return [", ".join([first, *(part for i, part in enumerate(rest) if k >> i & 1)]) for k in range(1 << len(rest))]
 
 
-def read_prompts(lines: Iterable[str], kind: Literal["txt", "jsonl"], where: str) -> Iterator[dict[str, Any]]:
+def read_prompts(
+    lines: Iterable[str],
+    kind: Literal["txt", "jsonl"],
+    where: str,
+    base: Mapping[str, Any] = MappingProxyType({}),
+    names: Mapping[str, str] = FIELDS,
+) -> Iterator[dict[str, Any]]:
     """The fields of Request that each line says, one after the other: a file may be longer than the memory.
 
     txt: a line is a prompt; lines that begin with # are left out. jsonl: a line is a JSON object of fields of Request,
     also by the short names of their flags (steps, guidance, negative, n), with at least a prompt. Blank lines are left
-    out. UsageError names `where`, the line, and what is wrong with it.
+    out. base: fields that are said elsewhere and hold for every line that does not say them. names: what a line may
+    say -> the field of Request. UsageError names `where`, the line, and what is wrong with it.
     """
     read = READERS[choose("kind of prompts", kind, READERS)]
     number = 0
     try:
         for number, line in enumerate(lines, 1):  # noqa: B007  # the messages want it
             text = line.removeprefix("\ufeff").strip()  # a byte order mark at the start
-            if text and (options := read(text)):
-                yield options
+            if text and (options := read(text, names)) is not None:
+                yield _checked(options, base)
     except UnicodeDecodeError:  # of a file that is decoded as it is read, some lines ahead
         raise UsageError(f"{where} is not UTF-8 text some way after line {number}; save it as UTF-8") from None
     except (UsageError, OverflowError) as error:  # the latter of whole numbers beyond every float
         raise UsageError(f"{where}, line {number}: {error}") from error
 
 
-def _from_text(line: str) -> dict[str, Any]:
-    return {} if line.startswith("#") else _checked({"prompt": line})
+def _from_text(line: str, names: Mapping[str, str]) -> dict[str, Any] | None:
+    return None if line.startswith("#") else {"prompt": line}
 
 
-def _from_json(line: str) -> dict[str, Any]:
+def _from_json(line: str, names: Mapping[str, str]) -> dict[str, Any]:
     try:
         found = json.loads(line, object_pairs_hook=_unique, parse_constant=_no_number)
     except UsageError:
@@ -267,7 +275,7 @@ def _from_json(line: str) -> dict[str, Any]:
         raise UsageError("this JSON has a number that is too long, or is nested too deep; write it shorter") from None
     if not isinstance(found, dict):
         raise UsageError('this is no JSON object; write for example {"prompt": "an owl", "steps": 30}')
-    return _checked(_unique([(FIELDS[choose("field", name, FIELDS)], value) for name, value in found.items()]))
+    return _unique([(names[choose("field", name, names)], value) for name, value in found.items()])
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -284,15 +292,15 @@ def _no_number(text: str) -> None:
     raise UsageError(f"{text} is no number; write a number, or leave the field out")
 
 
-def _checked(options: dict[str, Any]) -> dict[str, Any]:
-    """The options, if a Request can be made of them. UsageError otherwise."""
+def _checked(options: dict[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
+    """The options, if a Request can be made of them over the base. UsageError otherwise."""
     if HALF_A_PAIR.search(json.dumps(options, ensure_ascii=False)):
         raise UsageError(
             "there is half a surrogate pair (\\ud800 to \\udfff) in it, which is no character; take it out"
         )
-    if not Request(**options).prompts:
+    if not Request(**{**base, **options}).prompts:
         raise UsageError('there is no prompt; say "prompt": "an owl"')
     return options
 
 
-READERS: dict[str, Callable[[str], dict[str, Any]]] = {"txt": _from_text, "jsonl": _from_json}
+READERS: dict[str, Callable[[str, Mapping[str, str]], dict[str, Any] | None]] = {"txt": _from_text, "jsonl": _from_json}

@@ -117,13 +117,15 @@ def recipe_of(pipeline: "Pipeline", request: Request, components: Mapping[str, s
 
 
 def digests(pipeline: "Pipeline") -> dict[str, str]:
-    """SHA-256 of the numbers of every component, in hex: of the weights in use, whatever file they came from.
+    """SHA-256 of the numbers and the configuration of every component, in hex: of the weights in use, whatever file
+    they came from.
 
     Taken as float32, so that a file's own precision is not heard; a network cast to fewer bits is another.
     """
+    configs = {name: json.dumps(c, sort_keys=True).encode() for name, c in pipeline.components.configs.items()}
     tensors = {name: getattr(pipeline.components, name).state_dict() for name in PARTS}
     with ThreadPoolExecutor() as pool:  # hashing lets other threads run
-        hashed = {name: list(pool.map(_digest, state.items())) for name, state in tensors.items()}
+        hashed = {name: [configs[name], *pool.map(_digest, state.items())] for name, state in tensors.items()}
     tokenizer = pipeline.components.tokenizer
     words = [tokenizer.vocab, tokenizer.merges, tokenizer.pad, tokenizer.added]
     hashed["tokenizer"] = [json.dumps(words).encode()]
@@ -233,18 +235,18 @@ def read(path: str | Path) -> Found:
 def differences(a: Recipe, b: Recipe) -> list[str]:
     """A short sentence for each thing in which `a` (now) differs from `b` (then); none for equal recipes."""
     found = [f"the model is called {a.model}, was {b.model}"] if a.model != b.model else []
-    for name, now, then in _unequal(a.components, b.components):
+    for name, now, then in unequal(a.components, b.components):
         found.append(f"the {name} is another ({(now or 'none')[:10]}, was {(then or 'none')[:10]})")
-    for name, now, then in _unequal(a.request, b.request):
+    for name, now, then in unequal(a.request, b.request):
         found.append(f"{name} {brief(now)}, was {brief(then)}")
-    for name, now, then in _unequal(a.scheduler, b.scheduler):
+    for name, now, then in unequal(a.scheduler, b.scheduler):
         found.append(f"{brief(name)[1:-1]} of the scheduler {brief(now)}, was {brief(then)}")
     found += [
         f"{n} {getattr(a, n)}, was {getattr(b, n)}" for n in ("device", "dtype") if getattr(a, n) != getattr(b, n)
     ]
     if a.threads != b.threads:
         found.append(f"{a.threads} thread{'s' * (a.threads != 1)}, was {b.threads}")
-    for name, now, then in _unequal(a.versions, b.versions):
+    for name, now, then in unequal(a.versions, b.versions):
         found.append(f"{name} {now or 'unknown'}, was {then or 'unknown'}")
     if a.adapters != b.adapters:
         now, then = ([brief(row.get("name", "unnamed")) for row in recipe.adapters] for recipe in (a, b))
@@ -252,8 +254,9 @@ def differences(a: Recipe, b: Recipe) -> list[str]:
     return found
 
 
-def _unequal(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Name and both values (None where missing) of the entries that differ."""
+def unequal(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Name and both values (None where missing) of the entries that differ, as JSON would keep them."""
+    a, b = _plain(a), _plain(b)
     for name in dict.fromkeys((*b, *a)):
         if a.get(name) != b.get(name):
             yield name, a.get(name), b.get(name)

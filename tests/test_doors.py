@@ -119,6 +119,9 @@ def test_prompts_from_files(planned):
     assert told(rows, "scheduler", "negative_prompt", "width")[-2:] == [("ddim", "blue", 16), ("euler", "red", 8)]
     rows = planned("--prompts-file", "a.txt", "--seed", "7", "--variation-strength", "0.5", "--variation-seed", "1")
     assert told(rows, "seed", "variation_seed") == [(7, 1), (7, 2)]
+    Path("b.jsonl").write_text('{"prompt": "a", "variation_seed": 9}\n{"prompt": "b", "variation_strength": 0}')
+    rows = planned("--prompts-file", "b.jsonl", "--seed", "7", "--variation-strength", "0.5")
+    assert told(rows, "seed", "variation_seed", "variation_strength") == [(7, 9, 0.5), (7, None, 0)]
 
 
 @pytest.mark.parametrize(
@@ -128,6 +131,7 @@ def test_prompts_from_files(planned):
         ("a.jsonl", '{"prompt": "a", "steps": 0}', ("line 1", "num_inference_steps is 0")),
         ("a.jsonl", '{"prompt": "a"}\nan owl', ("line 2", "not JSON")),
         ("a.jsonl", '{"steps": 3}', ("line 1", "no prompt")),
+        ("a.jsonl", '{"prompt": "x", "output_type": "pt"}', ("line 1", "unknown field 'output_type'")),
         ("a.txt", "\n\n", ("a.txt has no prompt",)),
         ("b.txt", "an owl", ("a.txt cannot be read", "no such file")),
     ],
@@ -139,14 +143,28 @@ def test_lines_that_are_wrong(run, model, tmp_path, name, text, said):
 
 
 def test_matrix(planned):
-    """The order is A1111's: part i after the first is there where bit i is set. Seeds go on through every picture."""
+    """The order is A1111's: part i after the first is there where bit i is set. As there, a prompt's combinations share
+    their seeds, so that only the words change.
+    """
     combinations = ["a", "a, b", "a, c", "a, b, c"]
     assert told(planned("a|b|c", "--matrix"), "prompt") == combinations
     assert told(planned("a|b|c"), "prompt") == ["a|b|c"]
     Path("a.txt").write_text("a|b|c\nd|e\n")
     rows = planned("--prompts-file", "a.txt", "--matrix", "--seed", "1", "--negative", "red")
-    assert told(rows, "prompt", "seed", "negative_prompt") == [
-        (text, i, "red") for i, text in enumerate([*combinations, "d", "d, e"], 1)
+    drawn = [*((text, 1, "red") for text in combinations), ("d", 2, "red"), ("d, e", 2, "red")]
+    assert told(rows, "prompt", "seed", "negative_prompt") == drawn
+    twice = told(planned("a|b", "c", "--matrix", "-n", "2", "--seed", "5"), "prompt", "seed")
+    assert twice == [("a", 5), ("a", 6), ("a, b", 5), ("a, b", 6), ("c", 7), ("c", 8)]
+    (one, other) = told(planned("a|b", "--matrix"), "seed")
+    assert one == other
+    varied = planned(
+        "a|b", "--matrix", "-n", "2", "--seed", "5", "--variation-strength", "0.5", "--variation-seed", "1"
+    )
+    assert told(varied, "prompt", "seed", "variation_seed") == [
+        ("a", 5, 1),
+        ("a", 5, 2),
+        ("a, b", 5, 1),
+        ("a, b", 5, 2),
     ]
 
 
@@ -183,7 +201,8 @@ def test_wildcards_follow_the_pictures_own_seed(planned, draw, run, model):
         ("output: 5", [], ("'output' is 5", "text")),
         ("device: [cpu]", [], ("'device' is ['cpu']", "text")),
         ("- 1", [], ("list",)),
-        ("a: [", [], ("a.yaml", "YAML")),
+        ("seed: 7\na: [", [], ("a.yaml, line 2", "YAML")),
+        ("seed: 7", ["--set", "steps"], ("--set 'steps'", "--set steps=30")),
         ("seed: 1", ["--set", "seed"], ("'seed'", "KEY=VALUE")),
         ("seed: 1", ["--set", "sead=2"], ("--set", "'sead'", "'seed'")),
         ("seed: 1", ["--set", "model=3"], ("--set 'model' is 3",)),

@@ -226,6 +226,22 @@ def test_a_grid_is_of_the_pictures_drawn_alone(run, draw, model):
     assert run("grid", *words, "--x", "seed=1,2").out == "out/grid-an-owl-2.png\n"
 
 
+def test_wildcards_of_a_grid(run, draw, model):
+    """Chosen as when drawn alone; the picture's text says what was; --literal chooses nothing."""
+    Path("lists").mkdir()
+    Path("lists/place.txt").write_text("at home\nin a tree\n")
+    words = ["a {red|green} owl __place__", "--model", model, "--wildcards", "lists"]
+    assert run("grid", *words, "--x", "seed=1..4", "-o", "g.png").code == 0
+    for seed in (1, 2, 3, 4):
+        draw(*words, "--seed", seed, "-o", f"{seed}.png")
+        assert places(pixels("g.png"), pixels(f"{seed}.png"))
+    with Image.open("g.png") as sheet, Image.open("1.png") as alone:
+        assert sheet.info["parameters"].splitlines()[0] == alone.info["parameters"].splitlines()[0]
+    assert run("grid", *words, "--literal", "--x", "seed=1,2", "-o", "h.png").code == 0
+    with Image.open("h.png") as sheet:
+        assert sheet.info["parameters"].splitlines()[0] == words[0]
+
+
 def test_sheets_and_variations_of_a_grid(run, draw, model):
     """A third axis is a sheet for each of its values; all pictures of one strength have the same other noise."""
     words = ["--seed", "7", "--model", model]

@@ -132,6 +132,40 @@ def test_verify_names_the_component_that_changed(run, worded, name):
     assert (verdict["equal"], verdict["pixels"] > 0, len(verdict["differences"])) == (False, True, 1)
 
 
+@pytest.mark.parametrize(
+    ("file", "key", "value", "said"),
+    [
+        ("unet/config.json", "attention_head_dim", 1, "the unet is another ("),
+        ("vae/config.json", "scaling_factor", 0.5, "the vae is another ("),
+        ("text_encoder/config.json", "eos_token_id", 3, "the text_encoder is another ("),
+        ("scheduler/scheduler_config.json", "beta_end", 0.5, "beta_end of the scheduler 0.5, was 0.012"),
+    ],
+)
+def test_a_configuration_decides_as_weights_do(run, worded, monkeypatch, file, key, value, said):
+    """One value of a config.json another: verify names the component, and drawing again without --model refuses."""
+    shutil.copytree(worded, "net")
+    monkeypatch.setattr("ldm.pipeline.model_in_the_box", lambda: Path("net"))
+    assert run("generate", "an owl", "--seed", "7", "-o", "a.png").code == 0
+    config = json.loads((Path("net") / file).read_text())
+    (Path("net") / file).write_text(json.dumps(config | {key: value}))
+    differences = json.loads(run("verify", "a.png", "--json").out)["differences"]
+    assert [line.startswith(said) for line in differences] == [True]
+    refused(run("generate", "--from", "a.png", "-o", "b.png"), 1, "drawn", "another", "--model")
+
+
+def test_verify_in_another_type_names_the_type_alone(run, draw, model):
+    draw("an owl", "--seed", "7", "-o", "a.png")
+    done = run("verify", "a.png", "--model", model, "--dtype", "bf16")
+    assert done.code == 1 and done.out.splitlines()[1:] == ["- dtype bfloat16, was float32"]
+
+
+def test_verify_goes_by_what_a_file_is(run, draw, model):
+    draw("an owl", "--seed", "7", "-o", "a.png")
+    Path("a.png").rename("a.jpg")
+    done = run("verify", "a.jpg", "--model", model)
+    assert (done.code, done.out) == (0, "equal: every pixel is as it was drawn\n")
+
+
 def test_a_recipe_of_another_model(run, worded, model, monkeypatch, tmp_path):
     """Refused with the hashes where none is named; with --model it draws with that, and in another type too."""
     monkeypatch.setattr("ldm.pipeline.model_in_the_box", lambda: worded)

@@ -59,8 +59,8 @@ def whole(low: int | None = None, high: int | None = None) -> Callable[[str | in
     return parse
 
 
-def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
-    """["loop.steps=10"] -> {"loop.steps": 10}; values are YAML. UsageError for what is no KEY=VALUE."""
+def parse_settings(settings: Iterable[str], example: str = "loop.steps=10") -> dict[str, Any]:
+    """["loop.steps=10"] -> {"loop.steps": 10}; values are YAML. UsageError, with the example, for what is none."""
     import yaml
 
     parsed = {}
@@ -71,7 +71,7 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
         except yaml.YAMLError:
             equals = ""
         if not key or not equals:
-            raise UsageError(f"--set {setting!r} is no KEY=VALUE; write for example --set loop.steps=10")
+            raise UsageError(f"--set {setting!r} is no KEY=VALUE; write for example --set {example}")
     return parsed
 
 

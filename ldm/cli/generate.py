@@ -11,7 +11,7 @@ import typer
 
 from ldm.cli.common import Device, Dtype, Model, printable, say
 from ldm.cli.opening import opened
-from ldm.cli.options import Size, typed_fields, with_request
+from ldm.cli.options import Size, Verbatim, Wildcards, typed_fields, with_request
 from ldm.cli.orders import Sources, gathered, singles
 from ldm.cli.places import OUTPUT, paths_of, refuse_taken
 from ldm.errors import LdmError
@@ -57,10 +57,8 @@ def generate(
     matrix: Annotated[
         bool, typer.Option("--matrix", help="'a taco|on fire|at night': every combination of the parts")
     ] = False,
-    wildcards: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="lists for __name__ in prompts; {red|blue} needs none")
-    ] = None,
-    literal: Annotated[bool, typer.Option("--literal", help="take prompts as they stand, braces and all")] = False,
+    wildcards: Wildcards = None,
+    literal: Verbatim = False,
     picture: Annotated[Path | None, typer.Option("--from", metavar="PICTURE", help=FROM)] = None,
     config: Annotated[Path | None, typer.Option("--config", metavar="FILE", help="YAML file of these options")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=SET)] = None,
@@ -131,8 +129,8 @@ def recipe_in(picture: Path, manner: Manner) -> "Found":
 
 
 def refuse_other_model(pipeline: "Pipeline", recipe: "Recipe") -> None:
-    """LdmError when the model is not the one of a recipe."""
-    from ldm.recipe import digests
+    """LdmError when the model, or its noise schedule, is not the one of a recipe."""
+    from ldm.recipe import digests, unequal
 
     now = digests(pipeline)
     for name, then in recipe.components.items():
@@ -140,6 +138,12 @@ def refuse_other_model(pipeline: "Pipeline", recipe: "Recipe") -> None:
             raise LdmError(
                 f"the picture was drawn by another model, {printable(recipe.model)!r}: its {name} is {then[:10]}, here "
                 f"{now.get(name, 'none')[:10]}; name its folder with --model, or name any other to draw with that"
+            )
+    for name, here, there in unequal(pipeline.components.scheduler_config, recipe.scheduler):
+        if not name.startswith("_"):
+            raise LdmError(
+                f"the picture was drawn with another noise schedule: {printable(f'{name} was {there}, here {here}')}; "
+                "name its model's folder with --model, or name any other to draw with that"
             )
 
 

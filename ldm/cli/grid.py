@@ -10,7 +10,8 @@ import typer
 
 from ldm.cli.common import Device, Dtype, Model, free_name, say
 from ldm.cli.opening import opened
-from ldm.cli.options import Size, typed_fields, with_request
+from ldm.cli.options import Size, Verbatim, Wildcards, typed_fields, with_request
+from ldm.cli.orders import Sources, singles
 from ldm.cli.places import refuse_taken, slug
 from ldm.errors import UsageError
 from ldm.request import Request, make_request
@@ -34,6 +35,8 @@ def grid(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace files that are there, unasked")] = False,
     size: Size = None,
+    wildcards: Wildcards = None,
+    literal: Verbatim = False,
     model: Model = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -61,10 +64,12 @@ def grid(
     pipeline = opened(None, model, device, dtype)
     (base_order,) = pipeline.resolve(asked).singles()
     path = output or free_name(Path("out", f"grid-{slug(str(base_order.prompt))}.png"))
-    sheets(pipeline, base_order, named, path, overwrite)
+    sheets(pipeline, base_order, named, path, overwrite, Sources(wildcards=wildcards, literal=literal))
 
 
-def sheets(pipeline: "Pipeline", base: Request, named: list[Axis], path: Path, overwrite: bool) -> None:
+def sheets(
+    pipeline: "Pipeline", base: Request, named: list[Axis], path: Path, overwrite: bool, sources: Sources
+) -> None:
     """Draw and write the sheets, one for each value of the third axis."""
     from ldm.cli.drawing import draw
     from ldm.grid import layout, plot
@@ -84,9 +89,9 @@ def sheets(pipeline: "Pipeline", base: Request, named: list[Axis], path: Path, o
     for place, third in zip(paths, z[1], strict=True):
         rest = product(y[1], x[1])
         cells = [cell(base, {z[0]: third, y[0]: second, x[0]: value}) for second, value in rest]
-        pictures = [next(pipeline.resolve(one).singles()) for one in cells]
+        pictures = singles([pipeline.resolve(one) for one in cells], sources, {})
         drawn = [one.image for one in draw(pipeline, pictures, frames=False, preview=False, quiet=False)]
-        said = {"prompt": str(base.prompt), z[0]: labelled(z[0], third), "seed": f"seed {base.seed}"}
+        said = {"prompt": str(pictures[0].prompt), z[0]: labelled(z[0], third), "seed": f"seed {base.seed}"}
         title = ", ".join(text for name, text in said.items() if text and name not in (x[0], y[0]))
         text = texts(recipe_of(pipeline, pictures[0], digests(pipeline)))
         place.parent.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import Field, fields
+from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
@@ -18,6 +19,11 @@ KINDS: dict[type, tuple[str, Any]] = {int: ("N", whole()), float: ("NUMBER", num
 Size = Annotated[
     str | None, typer.Option("--size", metavar="WxH", help="pixels: 64x48, or 64 for a square; absent = the model's")
 ]
+
+Wildcards = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="lists for __name__ in prompts; {red|blue} needs none")
+]
+Verbatim = Annotated[bool, typer.Option("--literal", help="take prompts as they stand, braces and all")]
 
 
 def parameter_of(field: "Field[Any]", hint: Any) -> inspect.Parameter:

@@ -2,6 +2,7 @@
 files of prompts, standard input. Later places win. Imports nothing heavy.
 """
 
+import secrets
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from ldm.prompts import FIELDS, expand, matrix, read_prompts, read_wildcards
 from ldm.request import Request, make_request
 
 BESIDE = ("model", "device", "dtype", "output")  # what a YAML file may say beside the fields of Request
+NAMES = {name: field for name, field in FIELDS.items() if field not in NOT_HERE}  # that may be said of a field
 LINES = {".jsonl": "jsonl", ".ndjson": "jsonl"}  # suffix -> kind of a file of prompts; any other is plain text
 
 
@@ -40,7 +42,6 @@ def gathered(sources: Sources, recipe: Mapping[str, Any], typed: Mapping[str, An
     said = config_fields(sources.config, sources.settings)
     beside = {name: said.pop(name) for name in BESIDE if name in said}
     prompts = typed.get("prompt")
-    lines = list(file_lines(sources.prompts_file)) if sources.prompts_file else []
     words = [prompts] if isinstance(prompts, str) else list(prompts or ())
     if "-" in words:
         read = [row["prompt"] for row in read_prompts(sys.stdin, "txt", "standard input")]
@@ -50,19 +51,21 @@ def gathered(sources: Sources, recipe: Mapping[str, Any], typed: Mapping[str, An
     base = {**recipe, **said, **typed}
     if not base.get("variation_strength") and "variation_seed" not in {**said, **typed}:
         base.pop("variation_seed", None)  # of a recipe whose variation is taken back
+    unworded = {name: value for name, value in base.items() if name != "prompt"}
+    lines = list(file_lines(sources.prompts_file, unworded)) if sources.prompts_file else []
     if words:
         base["prompt"] = tuple(words) if len(words) > 1 else words[0]
-    if lines and not words:
-        base.pop("prompt", None)
+    elif lines:
+        base = unworded
     here = base.get("prompt") not in (None, ())  # an empty prompt is for Request to refuse
     if not lines and not here:
         raise UsageError("there is no prompt; give one (ldm generate 'an owl'), --prompts-file, --from or a --config")
     orders: list[Request] = []
+    name, seeds = "variation_seed" if base.get("variation_strength") else "seed", 0
     for line in [*([{}] if here else []), *lines]:  # one seed for a whole file counts on from line to line
-        drawn = sum(order.num_images_per_prompt * len(order.prompts) for order in orders)
-        name = "variation_seed" if base.get("variation_strength") else "seed"
-        counted = {name: base[name] + drawn} if drawn and isinstance(base.get(name), int) else {}
+        counted = {name: base[name] + seeds} if seeds and isinstance(base.get(name), int) else {}
         order = make_request(None, base | counted | line)
+        seeds += order.num_images_per_prompt * len(order.prompts)
         orders.append(combined(order) if sources.matrix else order)
     return orders, beside
 
@@ -77,13 +80,16 @@ def config_fields(path: Path | None, settings: Sequence[str]) -> dict[str, Any]:
 
         try:
             said = yaml.safe_load(path.read_text("utf-8"))
+        except yaml.MarkedYAMLError as error:
+            line = error.problem_mark.line + 1 if error.problem_mark else 1
+            raise UsageError(f"{path}, line {line}: this is not YAML ({error.problem})") from None
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise UsageError(f"{path} cannot be read as a YAML file: {str(error).splitlines()[0]}") from None
         if not isinstance(said, dict):
             raise UsageError(f"{path} holds {type(said).__name__}, not fields; write for example 'prompt: an owl'")
-    known = {name: field for name, field in FIELDS.items() if field not in NOT_HERE} | {n: n for n in BESIDE}
+    known = NAMES | {n: n for n in BESIDE}
     found: dict[str, Any] = {}
-    for where, values in ((f"field of {path}", said), ("field of --set", parse_settings(settings))):
+    for where, values in ((f"field of {path}", said), ("field of --set", parse_settings(settings, "steps=30"))):
         for name, value in values.items():
             field = known[choose(where, str(name), known)]
             if field in BESIDE and not isinstance(value, str):
@@ -92,11 +98,12 @@ def config_fields(path: Path | None, settings: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def file_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The fields of Request that each line of a file of prompts says. UsageError: unreadable, or empty."""
+def file_lines(path: Path, base: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The fields of Request that each line of a file of prompts says. UsageError: unreadable, empty or wrong."""
+    kind = LINES.get(path.suffix.lower(), "txt")
     try:
         with path.open(encoding="utf-8") as file:
-            found = list(read_prompts(file, LINES.get(path.suffix.lower(), "txt"), str(path)))  # type: ignore[arg-type]
+            found = list(read_prompts(file, kind, str(path), base, NAMES))  # type: ignore[arg-type]
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror.lower() if isinstance(error, OSError) and error.strerror else "it is not UTF-8 text"
         raise UsageError(f"the file of prompts {path} cannot be read: {reason}") from None
@@ -106,13 +113,24 @@ def file_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def combined(order: Request) -> Request:
-    """The request with every prompt replaced by the combinations of its parts, each with its own negative prompt."""
+    """The request with every prompt replaced by the combinations of its parts. A prompt's combinations share its
+    negative prompt and its seeds.
+    """
     negatives = order.negative_prompts
     own = negatives if len(negatives) == len(order.prompts) > 1 else negatives[:1] * len(order.prompts)
-    rows = [(text, negative) for prompt, negative in zip(order.prompts, own, strict=True) for text in matrix(prompt)]
-    if len(negatives) == 1:
-        return replace(order, prompt=tuple(text for text, _ in rows))
-    return replace(order, prompt=tuple(text for text, _ in rows), negative_prompt=tuple(text for _, text in rows))
+    n, name = order.num_images_per_prompt, "variation_seed" if order.variation_strength else "seed"
+    if getattr(order, name) is None:
+        order = make_request(order, {name: secrets.randbelow(2**32)})
+    numbers = (order.variation_seeds if order.variation_strength else order.seeds)(n * len(order.prompts)) or ()
+    texts, asides, counted = [], [], list[int]()
+    for j, (prompt, negative) in enumerate(zip(order.prompts, own, strict=True)):
+        combinations = matrix(prompt)
+        texts += combinations
+        asides += [negative] * len(combinations)
+        counted += numbers[j * n : (j + 1) * n] * len(combinations)  # only the words change from one to the next
+    # One seed stands for all pictures of variations, and one negative prompt for all prompts.
+    changed = {"prompt": tuple(texts), name: tuple(counted)}
+    return make_request(order, changed | ({"negative_prompt": tuple(asides)} if len(negatives) > 1 else {}))
 
 
 def singles(resolved: Iterable[Request], sources: Sources, recipe: Mapping[str, Any]) -> list[Request]:
