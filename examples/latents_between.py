@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import ldm
-from ldm.pipeline import slerp
+from ldm.noise import slerp
 from ldm.preview import animation, strip
 
 

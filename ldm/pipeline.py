@@ -3,7 +3,6 @@
 B images, C latent channels, H W latent height and width, T tokens, D text width.
 """
 
-import math
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +15,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from ldm.checkpoints.folder import Components, open_folder, save_folder
+from ldm.checkpoints.components import Components
+from ldm.checkpoints.folder import open_folder, save_folder
+from ldm.conditioning import SIZES, conditioning, encoder_of, sizes
 from ldm.diffusion.guidance import guided, guided_rescaled
 from ldm.diffusion.prediction import PREDICTIONS, Denoiser, Estimate, c_in
 from ldm.diffusion.spacing import Levels
@@ -24,13 +25,16 @@ from ldm.errors import ModelError, NumericalError, UsageError
 from ldm.images import to_numpy, to_pil
 from ldm.models.unet import UNet
 from ldm.models.vae import AutoencoderKL
+from ldm.noise import Noise, checked_latents, generators, slerp
 from ldm.request import MOST_IMAGES, Request, make_request
 from ldm.runtime import refuse_if_too_large, resolve_device, resolve_dtype, short_name
 from ldm.schedulers import Option, Sampling, Step, from_config
-from ldm.text.encoder import Conditioning, TextEncoder
+from ldm.text.encoder import Conditioning, JoinedEncoders, TextEncoder
 
 THE_BOX = "the model in the box"
 FALLBACKS = {"num_inference_steps": 25, "guidance_scale": 7.5}  # of a model without generation_config.json
+XL_FALLBACKS = FALLBACKS | {"guidance_scale": 5.0}
+WANTS = {"inpainting": "an image and a mask", "instruct-pix2pix": "an image", "upscaling": "a small image"}
 
 
 @dataclass(frozen=True)
@@ -43,24 +47,6 @@ class Result:
     latents: Tensor  # [B, C, H, W] float32, in the network's frame (scaled, as the VAE's decode takes them)
 
 
-class Noise:
-    """Unit noise [B, C, H, W] float32, from one CPU generator per image: image i gets the same numbers in any batch,
-    order and on any device.
-    """
-
-    dtype = torch.float32
-
-    def __init__(
-        self, generators: Sequence[torch.Generator], shape: tuple[int, int, int], device: torch.device
-    ) -> None:
-        self.generators, self.shape, self.device = generators, shape, device
-
-    def __call__(self) -> Tensor:
-        """The next numbers of every image's sequence."""
-        drawn = torch.stack([torch.randn(self.shape, generator=g, device=g.device).cpu() for g in self.generators])
-        return drawn.to(self.device, non_blocking=True)
-
-
 class Pipeline:
     """A latent diffusion model, ready to draw. `unet`, `vae`, `text_encoder` and `schedule` are plain attributes."""
 
@@ -68,7 +54,7 @@ class Pipeline:
         self.components = components
         self.unet: UNet = components.unet
         self.vae: AutoencoderKL = components.vae
-        self.text_encoder = TextEncoder(components.tokenizer, components.text_encoder)
+        self.text_encoder: TextEncoder | JoinedEncoders = encoder_of(components)
         self.schedule = self.sampling(None).schedule
 
     @classmethod
@@ -119,7 +105,7 @@ class Pipeline:
     def to(self, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> "Pipeline":
         """Move the networks, or change their type; returns self."""
         where = self.device if device is None else resolve_device(device)
-        for model in (self.unet, self.vae, self.text_encoder.model):
+        for model in self.components.networks.values():
             model.to(where, self.dtype if dtype is None else resolve_dtype(dtype, where))
         return self
 
@@ -131,19 +117,25 @@ class Pipeline:
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
         **fields: Any,
     ) -> Result:
         """Draw. `prompt` is text, several texts, or a Request; `fields` are the Request's fields by name.
 
         generator: where noise comes from in place of the seeds; one for all images (as in diffusers, then image i
-        depends on the ones before it), or one each. latents: unit noise [B, C, H, W] to begin with. prompt_embeds,
-        negative_prompt_embeds: [N, T, D] in place of the prompts. UsageError: a value out of range, or a request that
-        does not fit the model or the memory. NumericalError: a latent or picture that is not finite; no picture is
-        made of it.
+        depends on the ones before it), or one each. latents: unit noise [B, C, H, W] to begin with; with a
+        denoising_start the latents of the model that ended there. prompt_embeds, negative_prompt_embeds: [N, T, D] in
+        place of the prompts, for SDXL with the pooled ones, [N, D']. UsageError: a value out of range, or a request
+        that does not fit the model or the memory. NumericalError: a latent or picture that is not finite; no picture
+        is made of it.
         """
-        order = self.resolve(make_request(prompt, fields), prompt_embeds)
+        given = None if prompt_embeds is None else Conditioning(prompt_embeds, pooled_prompt_embeds)
+        other = negative_prompt_embeds
+        negative = None if other is None else Conditioning(other, negative_pooled_prompt_embeds)
+        order = self.resolve(make_request(prompt, fields), given)
         step = None
-        for step in self.sample(order, generator, latents, prompt_embeds, negative_prompt_embeds):  # noqa: B007  # the last is wanted
+        for step in self.sample(order, generator, latents, given, negative):  # noqa: B007  # the last is wanted
             pass
         assert step is not None  # a request has at least one step
         final = step.latents
@@ -152,16 +144,17 @@ class Pipeline:
             return Result(final, seeds, order, final)
         return Result(self.pictures(final, order.output_type), seeds, order, final)
 
-    def resolve(self, request: Request, prompt_embeds: Tensor | None = None) -> Request:
+    def resolve(self, request: Request, given: Conditioning | None = None) -> Request:
         """The request with every open choice made: the model's defaults, the size, the seeds (drawn if there are
         none). UsageError where it cannot be drawn.
         """
         side = self.unet.config.sample_size * self.vae.config.factor
         scheduler = self.sampling(request.scheduler).scheduler.name
-        known: dict[str, Any] = {"height": side, "width": side, "scheduler": scheduler} | FALLBACKS
+        known: dict[str, Any] = {"height": side, "width": side, "scheduler": scheduler}
+        known |= XL_FALLBACKS if self.components.is_xl else FALLBACKS
         known |= self.components.generation
         chosen = {name: value for name, value in known.items() if getattr(request, name) is None}
-        count = self.count(request, prompt_embeds)
+        count = self.count(request, given)
         drawn = ("seed", "variation_seed") if request.variation_strength else ("seed",)
         chosen |= {name: secrets.randbelow(2**32) for name in drawn if getattr(request, name) is None}
         order = replace(request, **chosen)
@@ -171,7 +164,16 @@ class Pipeline:
     def _refuse_unfit(self, order: Request) -> None:
         """UsageError for what this model, scheduler or machine cannot draw, be it one picture."""
         assert order.height and order.width
-        factor = self.vae.config.factor
+        factor, config = self.vae.config.factor, self.unet.config
+        if self.components.task != "text-to-image":
+            raise UsageError(
+                f"this is a model for {self.components.task} ({config.in_channels} channels): it wants "
+                f"{WANTS[self.components.task]} beside the words, and cannot draw from words alone"
+            )
+        if not config.projection_class_embeddings_input_dim:
+            for name in SIZES:
+                if getattr(order, name):
+                    raise UsageError(f"{name} is {getattr(order, name)}, and this model hears no sizes (SDXL does)")
         if order.height % factor or order.width % factor:
             raise UsageError(
                 f"size {order.width}x{order.height}; width and height must be multiples of {factor} for this model"
@@ -179,11 +181,11 @@ class Pipeline:
         solver_options(self.sampling(order.scheduler), order)
         refuse_if_too_large(self.unet, self.vae, order.height, order.width, 1, 1)
 
-    def count(self, request: Request, prompt_embeds: Tensor | None = None) -> int:
+    def count(self, request: Request, given: Conditioning | None = None) -> int:
         """How many pictures a request asks for. UsageError: none, too many, or both prompts and embeddings."""
-        if (prompt_embeds is None) == (not request.prompts):
+        if (given is None) == (not request.prompts):
             raise UsageError("give a prompt or prompt_embeds (one of them), for example 'a taco on a red background'")
-        count = request.num_images_per_prompt * (len(request.prompts) if prompt_embeds is None else len(prompt_embeds))
+        count = request.num_images_per_prompt * (len(request.prompts) if given is None else len(given))
         if count > MOST_IMAGES:
             raise UsageError(f"{count} pictures were asked for; ask for at most {MOST_IMAGES} at once")
         return count
@@ -194,13 +196,14 @@ class Pipeline:
         request: Request,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: Tensor | None = None,
-        prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
+        given: Conditioning | None = None,
+        negative: Conditioning | None = None,
     ) -> Iterator[Step]:
-        """Draw step by step: yields a Step after each, whose x0 is the estimate of the latents so far. Arguments as
-        in `__call__`.
+        """Draw step by step: yields a Step after each, whose x0 is the estimate of the latents so far.
+
+        given, negative: embeddings in place of the prompts; otherwise as in `__call__`.
         """
-        order = self.resolve(request, prompt_embeds)
+        order = self.resolve(request, given)
         assert order.height and order.width and order.num_inference_steps and order.guidance_scale is not None
         assert isinstance(order.seed, tuple)
         images, factor = len(order.seed), self.vae.config.factor
@@ -208,11 +211,13 @@ class Pipeline:
         refuse_if_too_large(self.unet, self.vae, order.height, order.width, at_once, images)
 
         guiding = order.guidance_scale != 1
-        text = self.conditioning(order, guiding, prompt_embeds, negative_prompt_embeds)  # prompt -> embeddings
+        text = conditioning(self.components, order, guiding, given, negative)  # prompt -> embeddings
+        text = text.to(self.device, self.dtype)
 
         sampling = self.sampling(order.scheduler)
         levels = sampling.scheduler.levels(sampling.schedule, order.num_inference_steps, sampling.spacing)
-        denoise = self.denoiser(sampling, levels, text, images)
+        levels = levels.part(order.denoising_start, order.denoising_end, sampling.schedule.num_train_timesteps)
+        denoise = self.denoiser(sampling, levels, text, sizes(self.components, order, images, guiding), images)
         if guiding and order.guidance_rescale:
             denoise = guided_rescaled(denoise, order.guidance_scale, order.guidance_rescale, sampling.prediction)
         elif guiding:
@@ -224,6 +229,8 @@ class Pipeline:
             order.width // factor,
         )  # embeddings -> latents
         noise = Noise(generators(generator, order.seed), shape, self.device)
+        if order.denoising_start and latents is None:
+            raise UsageError("denoising_start wants the latents of the model that ended there; give latents")
         start = noise() if latents is None else checked_latents(latents, (images, *shape)).to(noise.device, noise.dtype)
         if isinstance(order.variation_seed, tuple):
             other = Noise(generators(None, order.variation_seed), shape, torch.device("cpu"))()
@@ -237,47 +244,9 @@ class Pipeline:
             yield step
         self.refuse_infinite(finite, sampling)
 
-    def conditioning(
-        self, order: Request, guiding: bool, prompt_embeds: Tensor | None, negative_embeds: Tensor | None
-    ) -> Conditioning:
-        """What the network is told: [B, T, D], or [2 B, T, D] with the negative half first when guiding."""
-        n, positive, negative = order.num_images_per_prompt, order.prompts, order.negative_prompts or ("",)
-        total = len(positive) if prompt_embeds is None else len(prompt_embeds)
-        negative = negative * total if len(negative) == 1 else negative
-        if len(negative) != total:
-            raise UsageError(f"{len(negative)} negative prompts for {total} prompts; give one, or one for each")
-        parts = [self.encode(positive, order.clip_skip, prompt_embeds)]
-        if guiding:
-            parts.insert(0, self.encode(negative, None, negative_embeds))  # diffusers' clip_skip is the prompt's alone
-            shapes = [list(part.context.shape) for part in parts]
-            if shapes[0] != shapes[1]:
-                raise UsageError(
-                    f"negative_prompt_embeds of shape {shapes[0]} with a prompt's {shapes[1]}; give equal ones"
-                )
-        return Conditioning.cat([part.repeat(n) for part in parts])
-
-    def encode(self, prompts: Sequence[str], clip_skip: int | None, embeds: Tensor | None = None) -> Conditioning:
-        """Prompts or ready embeddings -> Conditioning. UsageError names the words that do not fit the encoder's
-        window.
-        """
-        if embeds is not None:
-            width = self.unet.config.cross_attention_dim
-            if embeds.ndim != 3 or embeds.shape[-1] != width:
-                raise UsageError(
-                    f"embeddings of shape {list(embeds.shape)}; this model takes [prompts, tokens, {width}]"
-                )
-            return Conditioning(embeds.to(self.device, self.dtype))
-        for dropped in self.text_encoder.dropped(prompts):
-            if dropped:
-                window = self.text_encoder.tokenizer.max_length - 2
-                raise UsageError(
-                    f"the prompt is longer than the encoder's {window} tokens: {' '.join(dropped)!r} would be "
-                    f"lost; shorten it"
-                )
-        # The pooled vectors are SDXL's business; ready embeddings, which may stand beside these, have none.
-        return Conditioning(self.text_encoder(prompts, clip_skip).context.to(self.device, self.dtype))
-
-    def denoiser(self, sampling: Sampling, levels: Levels, text: Conditioning, images: int) -> Denoiser:
+    def denoiser(
+        self, sampling: Sampling, levels: Levels, text: Conditioning, sizes: Tensor | None, images: int
+    ) -> Denoiser:
         """The U-Net as a function of the noise level: the one bridge between solvers, which know sigmas, and
         networks, which know timesteps.
 
@@ -288,7 +257,8 @@ class Pipeline:
         timesteps = dict(zip(levels.sigmas, levels.timesteps, strict=False))
         alone = [slice(i, None, images) for i in range(images)]  # image i, and image i of the other half
         rows = [slice(None)] if self.device.type == "cuda" else alone
-        prepared = [(r, self.unet.prepare(text.context[r])) for r in rows]
+        extras = [None if extra is None else extra.to(self.device) for extra in (text.pooled, sizes)]
+        prepared = [(r, self.unet.prepare(text.context[r], *(e if e is None else e[r] for e in extras))) for r in rows]
 
         def denoise(x: Tensor, sigma: float) -> Estimate:
             scaled = (x * c_in(sigma)).to(self.dtype)
@@ -338,45 +308,6 @@ def model_in_the_box() -> Path:
         if (folder / "model_index.json").is_file():
             return folder
     raise ModelError("the model in the box is missing from this installation; reinstall it, or name a model folder")
-
-
-def generators(
-    given: torch.Generator | Sequence[torch.Generator] | None, seeds: Sequence[int]
-) -> list[torch.Generator]:
-    """One generator per image. UsageError when a list of them has another length."""
-    if given is None:
-        return [torch.Generator().manual_seed(seed) for seed in seeds]
-    if isinstance(given, torch.Generator):
-        return [given] * len(seeds)
-    if len(given) != len(seeds):
-        raise UsageError(f"{len(given)} generators for {len(seeds)} pictures; give one, or one for each")
-    return list(given)
-
-
-def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
-    """Noise [B, C, H, W] on the arc from a (share 0) to b (share 1), which keeps its length; the ends are exact.
-
-    Image by image, in float64: the images beside it and the device change no bit of any.
-    """
-    return torch.stack([_on_arc(one, other, share) for one, other in zip(a, b, strict=True)])
-
-
-def _on_arc(a: Tensor, b: Tensor, share: float) -> Tensor:
-    p, q = a.double(), b.double()
-    angle = math.acos(max(-1.0, min(1.0, float((p * q).sum() / (p.norm() * q.norm())))))
-    whole = math.sin(angle)
-    if whole < 1e-6:  # the same noise twice: no arc
-        return torch.lerp(a, b, share)
-    return math.sin((1 - share) * angle) / whole * a + math.sin(share * angle) / whole * b
-
-
-def checked_latents(latents: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The latents, if they have this shape and are finite. UsageError otherwise."""
-    if tuple(latents.shape) != shape:
-        raise UsageError(f"latents of shape {list(latents.shape)}; this request takes {list(shape)}")
-    if not torch.isfinite(latents).all():
-        raise UsageError("the latents given are not all finite; give unit noise")
-    return latents
 
 
 def solver_options(sampling: Sampling, order: Request) -> dict[str, Option]:

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from ldm.pipeline import Pipeline
 
-PARTS = ("unet", "vae", "text_encoder")  # components that are networks
 VERSION = 1  # of the JSON form; a change that an older reader would misread raises it
 LARGEST_JSON = 1_000_000  # characters
 DEEPEST = 8  # nesting of a scheduler's or adapter's configuration
@@ -41,8 +40,8 @@ class Recipe:
     """Everything that decided one picture.
 
     request: the fields of Request for this picture alone, with every choice made (prompt str, seed int), without
-    NOT_KEPT. model: a name; of a path only the last part is kept. components: unet, vae, text_encoder, tokenizer -> the
-    SHA-256 of each, in hex. scheduler: the model's scheduler_config.json. threads: of the CPU. versions: ldm, torch,
+    NOT_KEPT. model: a name; of a path only the last part is kept. components: unet, vae, tokenizer ... -> the SHA-256 of
+    each, in hex. scheduler: the model's scheduler_config.json. threads: of the CPU. versions: ldm, torch,
     python, cpu (its instruction set). adapters: what each is, in order. Numbers that JSON has not (-inf) become text.
     """
 
@@ -123,12 +122,12 @@ def digests(pipeline: "Pipeline") -> dict[str, str]:
     Taken as float32, so that a file's own precision is not heard; a network cast to fewer bits is another.
     """
     configs = {name: json.dumps(c, sort_keys=True).encode() for name, c in pipeline.components.configs.items()}
-    tensors = {name: getattr(pipeline.components, name).state_dict() for name in PARTS}
+    tensors = {name: network.state_dict() for name, network in pipeline.components.networks.items()}
     with ThreadPoolExecutor() as pool:  # hashing lets other threads run
         hashed = {name: [configs[name], *pool.map(_digest, state.items())] for name, state in tensors.items()}
-    tokenizer = pipeline.components.tokenizer
-    words = [tokenizer.vocab, tokenizer.merges, tokenizer.pad, tokenizer.added]
-    hashed["tokenizer"] = [json.dumps(words).encode()]
+    for name, tokenizer in pipeline.components.tokenizers.items():
+        words = [tokenizer.vocab, tokenizer.merges, tokenizer.pad, tokenizer.added]
+        hashed[name] = [json.dumps(words).encode()]
     return {name: hashlib.sha256(b"".join(parts)).hexdigest() for name, parts in hashed.items()}
 
 

@@ -64,6 +64,16 @@ class Request:
     clip_skip: int | None = _option(
         None, "how many of the text encoder's last layers the prompt skips (diffusers' counting)"
     )
+    original_height: int | None = _option(
+        None, "SDXL: height in pixels of the picture that this is told to be made from; absent = the height"
+    )
+    original_width: int | None = _option(None, "SDXL: and its width")
+    crop_top: int = _option(0, "SDXL: pixels told to be cut off at the top")
+    crop_left: int = _option(0, "SDXL: and at the left")
+    aesthetic_score: float = _option(6.0, "SDXL's refiner: how beautiful the picture is told to be")
+    negative_aesthetic_score: float = _option(2.5, "SDXL's refiner: and the one to keep away from")
+    denoising_start: float = _option(0.0, "0..1: begin where another model ended, with its latents (SDXL's refiner)")
+    denoising_end: float = _option(1.0, "0..1: stop so far, for another model to go on")
     output_type: str = _option(
         "pil", "pil, pt (tensor [B, 3, H, W] in 0..1), np (array [B, H, W, 3] in 0..1) or latent"
     )
@@ -90,6 +100,19 @@ class Request:
         self._number("guidance_rescale", 0, 1)
         self._number("eta", 0, 1)
         self._number("variation_strength", 0, 1)
+        for name in ("original_height", "original_width"):
+            self._whole(name, 1, LARGEST_SIDE)
+        for name in ("crop_top", "crop_left"):
+            self._whole(name, 0, LARGEST_SIDE)
+        for name in ("aesthetic_score", "negative_aesthetic_score"):
+            self._number(name, 0, 10)
+        for name in ("denoising_start", "denoising_end"):
+            self._number(name, 0, 1)
+        if self.denoising_start >= self.denoising_end:
+            raise UsageError(
+                f"denoising_start is {self.denoising_start} and denoising_end {self.denoising_end}; the run ends after "
+                "it starts"
+            )
         choose("output_type", str(self.output_type), OUTPUT_TYPES)
         for name in SEEDS:
             self._seeds(name)

@@ -17,7 +17,8 @@ import pytest
 import torch
 from helpers import Done, small_model
 
-from ldm.checkpoints.folder import Components, open_folder
+from ldm.checkpoints.components import Components
+from ldm.checkpoints.folder import open_folder
 from ldm.cli import main
 
 

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ldm.checkpoints.folder import Components, save_folder
+from ldm.checkpoints.components import Components
+from ldm.checkpoints.folder import save_folder
 from ldm.models.clip import CLIPTextConfig, CLIPTextModel
 from ldm.models.unet import CROSS, PLAIN, UNet, UNetConfig
 from ldm.models.vae import AutoencoderKL, VAEConfig

@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from ldm.checkpoints import safe
-from ldm.checkpoints.folder import PARTS, Components, open_folder, save_folder
+from ldm.checkpoints.components import Components
+from ldm.checkpoints.folder import open_folder, save_folder
 from ldm.checkpoints.safe import (
     atomic_bytes,
     atomic_folder,
@@ -511,7 +512,8 @@ def stock(folder: Path, variant: str | None = None) -> diffusers.StableDiffusion
 
 def equal(a: Components, b: Components, dtype: torch.dtype = torch.float32) -> bool:
     return (
-        all(same(getattr(a, name), getattr(b, name), dtype) for name in PARTS)
+        a.networks.keys() == b.networks.keys()
+        and all(same(network, b.networks[name], dtype) for name, network in a.networks.items())
         and (a.tokenizer.vocab, a.tokenizer.merges) == (b.tokenizer.vocab, b.tokenizer.merges)
         and a.configs == b.configs
         and a.generation == b.generation

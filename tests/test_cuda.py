@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ldm.checkpoints.folder import save_folder
 from ldm.errors import NumericalError, UsageError
-from ldm.pipeline import Noise, Pipeline, generators
+from ldm.noise import Noise, generators
+from ldm.pipeline import Pipeline
 from ldm.request import Request
 from ldm.training.loop import run_stage
 

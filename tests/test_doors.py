@@ -34,6 +34,8 @@ SAMPLE: dict[str, Any] = {  # another value than the default for every field
     "prompt": ("an owl", "a pizza"), "negative_prompt": "red", "num_images_per_prompt": 3, "seed": 0,
     "variation_strength": 0.5, "variation_seed": 9, "num_inference_steps": 7, "guidance_scale": 2.5,
     "guidance_rescale": 0.5, "height": 64, "width": 32, "scheduler": "euler_a", "eta": 0.25, "clip_skip": 1,
+    "original_height": 128, "original_width": 96, "crop_top": 4, "crop_left": 2, "aesthetic_score": 7.5,
+    "negative_aesthetic_score": 1.5, "denoising_start": 0.25, "denoising_end": 0.75,
 }  # fmt: skip
 
 
@@ -44,7 +46,8 @@ def test_flags_keys_fields_and_arguments_are_those_of_request(run, model, monkey
     """The same values, said by flags, YAML, --set, a line of jsonl and keyword arguments, are the same Request."""
     names = {field.name for field in fields(Request)}
     assert SAMPLE.keys() == names - {*NOT_HERE} == {*FIELDS.values()} - {*NOT_HERE}
-    own = {"self", "prompt", "generator", "latents", "prompt_embeds", "negative_prompt_embeds", "fields"}
+    embeds = {f"{half}{kind}_embeds" for half in ("", "negative_") for kind in ("prompt", "pooled_prompt")}
+    own = {"self", "prompt", "generator", "latents", "fields"} | embeds
     assert inspect.signature(Pipeline.__call__).parameters.keys() == own and own & names == {"prompt"}
     asked: list[Request] = []
 

@@ -25,7 +25,8 @@ from typer.main import get_command
 
 from ldm.cli import app
 from ldm.errors import UsageError
-from ldm.pipeline import Pipeline, slerp
+from ldm.noise import slerp
+from ldm.pipeline import Pipeline
 from ldm.request import Request
 from ldm.schedulers import SCHEDULERS
 

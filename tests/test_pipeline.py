@@ -16,12 +16,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm.checkpoints.folder import Components, save_folder
+from ldm.checkpoints.components import Components
+from ldm.checkpoints.folder import save_folder
 from ldm.errors import ModelError, NumericalError, UsageError
 from ldm.models.clip import CLIPTextConfig, CLIPTextModel
 from ldm.models.unet import CROSS, UNet, UNetConfig
 from ldm.models.vae import AutoencoderKL, VAEConfig
-from ldm.pipeline import Noise, Pipeline, generators, model_in_the_box
+from ldm.noise import Noise, generators
+from ldm.pipeline import Pipeline, model_in_the_box
 from ldm.request import Request, make_request
 from ldm.runtime import resolve_device, resolve_dtype
 from ldm.text.tokenizer import CLIPTokenizer

@@ -3,17 +3,27 @@
 Names in the files are looked up in the tables below and never imported. What is saved opens in stock diffusers.
 """
 
-import operator
 import re
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ldm.checkpoints.components import (
+    CLASSES,
+    FLAGS,
+    NETWORKS,
+    PIPELINES,
+    TOKENIZERS,
+    Components,
+    Json,
+    build,
+    check_fit,
+    class_of,
+)
 from ldm.checkpoints.safe import (
     atomic_folder,
     atomic_json,
@@ -23,68 +33,30 @@ from ldm.checkpoints.safe import (
     write_manifest,
 )
 from ldm.errors import ModelError, NumericalError, UsageError
-from ldm.models.clip import CLIPTextConfig, CLIPTextModel
-from ldm.models.unet import UNet, UNetConfig
-from ldm.models.vae import AutoencoderKL, VAEConfig
 from ldm.text.tokenizer import CLIPTokenizer
 
-Json = dict[str, Any]
-
-
-class Part(NamedTuple):
-    """A component with weights: whose class it is in model_index.json, its weights file's stem, how it is built."""
-
-    library: str
-    class_name: str
-    stem: str
-    build: Callable[[Mapping[str, object]], nn.Module]
-
-
-PARTS = {
-    "unet": Part(
-        "diffusers", "UNet2DConditionModel", "diffusion_pytorch_model", lambda c: UNet(UNetConfig.from_dict(c))
-    ),
-    "vae": Part(
-        "diffusers", "AutoencoderKL", "diffusion_pytorch_model", lambda c: AutoencoderKL(VAEConfig.from_dict(c))
-    ),
-    "text_encoder": Part(
-        "transformers", "CLIPTextModel", "model", lambda c: CLIPTextModel(CLIPTextConfig.from_dict(c))
-    ),
+SUPPORTED = {name for names in PIPELINES.values() for name in names}
+SUPPORTED_SAID = "StableDiffusionPipeline, StableDiffusionXLPipeline and their kin"
+STRANGERS = {  # the beginning of a pipeline's class -> what that model is
+    "StableDiffusion3": "Stable Diffusion 3",
+    "Flux": "Flux",
+    "PixArt": "PixArt",
+    "Kandinsky": "Kandinsky",
+    "Wuerstchen": "Wuerstchen",
+    "StableCascade": "Stable Cascade",
+    "QwenImage": "Qwen-Image",
 }
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
-TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
-UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # diffusers' own, not loaded
+TOKENIZER_CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast")
+UNUSED = ("safety_checker", "feature_extractor", "image_encoder", "watermarker")  # diffusers' own, not loaded
 INDEX, SCHEDULER, GENERATION = "model_index.json", "scheduler/scheduler_config.json", "generation_config.json"
+LOW_RES = "low_res_scheduler/scheduler_config.json"
 DEFAULTS = ("num_inference_steps", "guidance_scale", "height", "width", "scheduler")
 WRITTEN_FOR = "0.42.1"  # the version of diffusers whose form this is
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 CONTENTS = (
     f"a model folder holds {INDEX}, {SCHEDULER}, tokenizer/ with tokenizer.json or vocab.json and merges.txt, "
-    f"and config.json with *.safetensors in {', '.join(f'{name}/' for name in PARTS)}"
+    f"and config.json with *.safetensors in unet/, vae/, text_encoder/"
 )
-
-
-@dataclass
-class Components:
-    """The parts of a latent diffusion model.
-
-    scheduler_config: scheduler_config.json as it stands. generation: the request fields (those of DEFAULTS) that suit
-    the model. notes: what the user should hear about how the folder was opened, each said once. name: what to call it;
-    no path.
-    """
-
-    unet: UNet
-    vae: AutoencoderKL
-    text_encoder: CLIPTextModel
-    tokenizer: CLIPTokenizer
-    scheduler_config: Json
-    generation: Json = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    name: str = "unnamed"
-
-    @property
-    def configs(self) -> dict[str, Json]:
-        """The `config.json` of every network, by the name of its folder."""
-        return {name: getattr(self, name).config.to_dict() for name in PARTS}
 
 
 def open_folder(
@@ -104,60 +76,76 @@ def open_folder(
         raise ModelError(f"there is no model folder {path}; {CONTENTS}")
     if not (path / INDEX).is_file():
         raise ModelError(f"{path} is no model folder: it has no {INDEX}; {CONTENTS}")
-    notes = _check_index(path / INDEX)
+    index = read_json(path / INDEX)
+    classes, notes = _parts_of(index, path / INDEX)
     weights, absent, taken = {}, [], {}
-    for name, part in PARTS.items():
+    for name in [name for name in NETWORKS if name in classes]:
         absent += [] if (path / name / "config.json").is_file() else [f"{name}/config.json"]
-        found = find_weights(path / name, part.stem, variant)
-        absent += [] if found else [f"{name}/{part.stem}.safetensors"]
+        stem = CLASSES[classes[name]].stem
+        found = find_weights(path / name, stem, variant)
+        absent += [] if found else [f"{name}/{stem}.safetensors"]
         if found:
             weights[name], taken[name] = found
-    tokens = path / "tokenizer"
+    for name in [name for name in TOKENIZERS if name in classes]:
+        known = any((path / name / file).is_file() for file in ("tokenizer.json", "vocab.json"))
+        absent += [] if known else [f"{name}/"]
     absent += [] if (path / SCHEDULER).is_file() else [SCHEDULER]
-    absent += [] if (tokens / "tokenizer.json").is_file() or (tokens / "vocab.json").is_file() else ["tokenizer/"]
     if absent:
         raise ModelError(f"{path} is incomplete: it has no {', '.join(absent)}; {CONTENTS}")
-    models: dict[str, Any] = {}
-    for name, part in PARTS.items():
+    parts: dict[str, Any] = {}
+    for name, files in weights.items():
         with torch.device("meta"):
-            models[name] = part.build(read_json(path / name / "config.json"))
-        load_into(models[name], weights[name], dtype, device)
-        models[name].eval()
-    window = models["text_encoder"].config.max_position_embeddings
+            parts[name] = build(classes[name], read_json(path / name / "config.json"))
+        load_into(parts[name], files, dtype, device)
+        parts[name].eval()
+    for name in [name for name in TOKENIZERS if name in classes]:
+        if TOKENIZERS[name] not in parts:
+            raise ModelError(f"{path} has {name}/ and no {TOKENIZERS[name]}/; {CONTENTS}")
+        window = parts[TOKENIZERS[name]].config.max_position_embeddings
+        parts[name] = CLIPTokenizer.from_folder(path / name, window)
     components = Components(
-        tokenizer=CLIPTokenizer.from_folder(tokens, window),
+        **{"text_encoder": None, "tokenizer": None} | parts,
         scheduler_config=read_json(path / SCHEDULER),
         generation=_generation(read_json(path / GENERATION)) if (path / GENERATION).is_file() else {},
         notes=(*notes, *_variants(variant, taken)),
         name="unnamed" if path.resolve() == Path.home() else path.resolve().name,
-        **models,
+        flags={name: True for name in FLAGS if index.get(name) is True},
+        low_res_scheduler_config=read_json(path / LOW_RES) if (path / LOW_RES).is_file() else {},
     )
-    _check_fit(components, str(path))
+    check_fit(components, str(path))
     return components
 
 
-def _check_index(path: Path) -> list[str]:
-    """Notes on what is there and not used. ModelError for a pipeline or component class that we do not have."""
-    index = read_json(path)
+def _parts_of(index: Json, path: Path) -> tuple[dict[str, str], list[str]]:
+    """The class of every component that is opened, and notes on what is there and not used. ModelError for a pipeline
+    or component class that we do not have, or without the parts that every model has.
+    """
     name = index.get("_class_name")
-    if name not in PIPELINES:
-        raise ModelError(f"{path} is of a {name!a:.80}; supported are {' and '.join(PIPELINES)}")
-    known: dict[str, tuple[str, tuple[str, ...]]]
-    known = {name: (part.library, (part.class_name,)) for name, part in PARTS.items()}
-    known["tokenizer"] = ("transformers", TOKENIZERS)
-    notes = []
+    if name not in SUPPORTED:
+        kind = next((what for start, what in STRANGERS.items() if str(name).startswith(start)), None)
+        said = f"a {kind} model ({name})" if kind else f"of a {name!a:.80}"
+        raise ModelError(f"{path} is {said}; supported are Stable Diffusion 1.x, 2.x and SDXL, as {SUPPORTED_SAID}")
+    known = {name: (CLASSES[classes[0]].library, classes) for name, classes in NETWORKS.items()}
+    known |= {name: ("transformers", TOKENIZER_CLASSES) for name in TOKENIZERS}
+    found, notes = {}, []
     for name, entry in index.items():
         if name.startswith("_") or not isinstance(entry, list) or entry == [None, None]:
             continue
         library, class_name = (*entry, None, None)[:2]
         if name in UNUSED:
             notes.append(f"the model's {name} ({class_name}) is not used")
-        elif name == "scheduler" and library == "diffusers":
+        elif name in ("scheduler", "low_res_scheduler") and library == "diffusers":
             continue  # its class is the business of whoever reads scheduler_config
         elif name not in known or library != known[name][0] or class_name not in known[name][1]:
             rest = f"; use {' or '.join(known[name][1])} of {known[name][0]}" if name in known else ""
             raise ModelError(f"{path}: {name!a:.40} of class {f'{library}.{class_name}'!a:.80} is not supported{rest}")
-    return notes
+        else:
+            found[name] = str(class_name)
+    encoder = "text_encoder" if "text_encoder" in found or "text_encoder_2" not in found else "text_encoder_2"
+    tokenizer = next(name for name, of in TOKENIZERS.items() if of == encoder)
+    if missing := [name for name in ("unet", "vae", encoder, tokenizer) if name not in found]:
+        raise ModelError(f"{path} names no {', '.join(missing)}; {CONTENTS}")
+    return found, notes
 
 
 def find_weights(folder: Path, stem: str, variant: str | None) -> tuple[list[Path], str | None] | None:
@@ -171,7 +159,7 @@ def find_weights(folder: Path, stem: str, variant: str | None) -> tuple[list[Pat
     names = sorted(item.name for item in folder.iterdir()) if folder.is_dir() else []
     variants = {match[1]: name for pattern in (index, whole) for name in names if (match := pattern.fullmatch(name))}
     if not variants:
-        pickles = [name for name in names if name.endswith((".bin", ".ckpt", ".pt", ".pth"))]
+        pickles = [name for name in names if name.endswith(PICKLES)]
         if pickles:
             raise ModelError(f"{folder} has only pickled weights ({pickles[0]}), which can run code; take safetensors")
         return None
@@ -208,25 +196,6 @@ def _generation(values: Json) -> Json:
     return values
 
 
-def _check_fit(c: Components, where: str) -> None:
-    """ModelError when the parts cannot work together."""
-    if not isinstance(c.scheduler_config.get("_class_name"), str):
-        raise ModelError(f"{where}: {SCHEDULER} has no _class_name; it names a scheduler of diffusers")
-    unet, vae, text = c.unet.config, c.vae.config, c.text_encoder.config
-    wrong = [
-        f"{left} {a} and {right} {b}"
-        for left, a, right, b, fits in (
-            ("unet in_channels", unet.in_channels, "vae latent_channels", vae.latent_channels, operator.eq),
-            ("unet out_channels", unet.out_channels, "vae latent_channels", vae.latent_channels, operator.eq),
-            ("unet cross_attention_dim", unet.cross_attention_dim, "text width", text.hidden_size, operator.eq),
-            ("tokenizer size", len(c.tokenizer), "text_encoder vocab_size", text.vocab_size, operator.le),
-        )
-        if not fits(a, b)
-    ]
-    if wrong:
-        raise ModelError(f"{where} holds parts of different models: {'; '.join(wrong)}; take all of one model")
-
-
 def save_folder(
     components: Components, path: str | Path, dtype: torch.dtype | None = torch.float16, variant: str | None = None
 ) -> None:
@@ -238,21 +207,25 @@ def save_folder(
     NumericalError when a weight is not finite, or no longer is in `dtype`; LdmError when it cannot be written.
     """
     path = Path(path)
-    _check_fit(components, "the model to save")
+    check_fit(components, "the model to save")
     _generation(components.generation)
     if variant is not None and not re.fullmatch(r"\w+", variant, re.ASCII):
         raise UsageError(f"variant {variant!r}; it is a word such as fp16")
     if path.is_dir() and any(path.iterdir()) and not (path / INDEX).is_file():
         raise UsageError(f"{path} is a folder with other things in it and no {INDEX}; choose a new or empty folder")
     with atomic_folder(path) as staging:
-        for name, part in PARTS.items():
+        for name, network in components.networks.items():
             (staging / name).mkdir()
             atomic_json(staging / name / "config.json", components.configs[name])
-            file = ".".join(filter(None, (part.stem, variant, "safetensors")))
-            atomic_save_safetensors(_finite(getattr(components, name), name, dtype), staging / name / file)
-        components.tokenizer.save(staging / "tokenizer")
-        (staging / "scheduler").mkdir()
-        atomic_json(staging / SCHEDULER, components.scheduler_config)
+            file = ".".join(filter(None, (CLASSES[class_of(network)].stem, variant, "safetensors")))
+            atomic_save_safetensors(_finite(network, name, dtype), staging / name / file)
+        for name, tokenizer in components.tokenizers.items():
+            tokenizer.save(staging / name)
+        schedulers = {SCHEDULER: components.scheduler_config, LOW_RES: components.low_res_scheduler_config}
+        for place, config in schedulers.items():
+            if config:
+                (staging / place).parent.mkdir()
+                atomic_json(staging / place, config)
         atomic_json(staging / INDEX, _index(components))
         if components.generation:
             atomic_json(staging / GENERATION, components.generation)
@@ -261,12 +234,21 @@ def save_folder(
 
 
 def _index(components: Components) -> Json:
-    index: Json = {"_class_name": PIPELINES[0], "_diffusers_version": WRITTEN_FOR}
-    index |= {name: [None, None] for name in UNUSED} | {"requires_safety_checker": False}
-    index |= {name: [part.library, part.class_name] for name, part in PARTS.items()}
-    index["scheduler"] = ["diffusers", components.scheduler_config["_class_name"]]
-    index["tokenizer"] = ["transformers", TOKENIZERS[0]]
-    return index
+    """model_index.json, with every entry that diffusers' pipeline of this name looks for."""
+    optional = ["image_encoder", "feature_extractor"]
+    flags: Json = {"requires_safety_checker": False}
+    if components.is_xl:
+        flags = {name: components.flags.get(name, False) for name in FLAGS}
+        optional += ["text_encoder", "tokenizer"]
+    else:
+        optional += ["safety_checker"]
+    index: Json = {"_class_name": components.pipeline, "_diffusers_version": WRITTEN_FOR}
+    index |= {name: [None, None] for name in optional} | flags
+    classes = {name: class_of(network) for name, network in components.networks.items()}
+    index |= {name: [CLASSES[class_name].library, class_name] for name, class_name in classes.items()}
+    index |= {name: ["transformers", TOKENIZER_CLASSES[0]] for name in components.tokenizers}
+    schedulers = {"scheduler": components.scheduler_config, "low_res_scheduler": components.low_res_scheduler_config}
+    return index | {name: ["diffusers", config["_class_name"]] for name, config in schedulers.items() if config}
 
 
 def _finite(model: nn.Module, name: str, dtype: torch.dtype | None) -> dict[str, Tensor]:

@@ -47,9 +47,11 @@ def calls(pictures: Sequence[Request], at_once: int) -> Iterator[Request]:
 
 def refuse_long(pipeline: "Pipeline", pictures: Sequence[Request]) -> None:
     """UsageError for a prompt beyond the encoder's window, before the first picture is drawn and not after some."""
+    from ldm.conditioning import encode
+
     texts = {(text, p.clip_skip) for p in pictures for text in (*p.prompts, *p.negative_prompts)}
     for text, clip_skip in texts:
-        pipeline.encode([text], clip_skip)
+        encode(pipeline.text_encoder, [text], clip_skip)
 
 
 def draw(

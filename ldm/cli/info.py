@@ -46,16 +46,16 @@ def info(
 
 def of_folder(folder: Path) -> Rows:
     """A model folder's parts with their parameters and types, its scheduler and defaults."""
-    from ldm.checkpoints.folder import GENERATION, INDEX, PARTS, SCHEDULER, find_weights
+    from ldm.checkpoints.components import CLASSES, NETWORKS
+    from ldm.checkpoints.folder import GENERATION, INDEX, SCHEDULER, find_weights
     from ldm.checkpoints.safe import read_header, read_json
 
     if not (folder / INDEX).is_file():
         raise LdmError(f"{folder} is no model folder, for it has no {INDEX}; for a folder of pictures: ldm gallery")
     rows: Rows = {"kind": "model folder", "pipeline": read_json(folder / INDEX).get("_class_name", "unknown")}
-    for name, part in PARTS.items():
-        found = find_weights(folder / name, part.stem, None)
+    for name, classes in NETWORKS.items():
+        found = find_weights(folder / name, CLASSES[classes[0]].stem, None)
         if found is None:
-            rows[name] = "missing"
             continue
         tensors = [entry for path in found[0] for entry in read_header(path).tensors.values()]
         rows[name] = counted(tensors) + f", {sum(path.stat().st_size for path in found[0]):,} bytes"

@@ -23,7 +23,7 @@ def plan(pipeline: "Pipeline", pictures: Sequence[Request], paths: Sequence[Path
     from ldm.runtime import available_bytes, short_name, working_bytes
 
     refuse_long(pipeline, pictures)
-    networks = (pipeline.unet, pipeline.vae, pipeline.text_encoder.model)
+    networks = pipeline.components.networks.values()
     weights = sum(p.numel() * p.element_size() for network in networks for p in network.parameters())
     work = max(working_bytes(pipeline.unet, pipeline.vae, p.height or 0, p.width or 0, 1) for p in pictures)
     told: dict[str, Any] = {

@@ -39,6 +39,20 @@ class Levels(NamedTuple):
     timesteps: tuple[float, ...]
     start: float
 
+    def part(self, start: float, end: float, num_train_timesteps: int) -> "Levels":
+        """The steps from `start` to `end`, shares in 0..1 of the way down: those whose timestep is below
+        T - start T and not below T - end T, as diffusers' SDXL pipelines share a run between base and refiner.
+
+        A part that starts above 0 begins with latents in the network's frame. UsageError: it has no step.
+        """
+        T = num_train_timesteps
+        high, low = (math.inf if start == 0 else round(T - start * T)), (-math.inf if end == 1 else round(T - end * T))
+        kept = [i for i, t in enumerate(self.timesteps) if low <= t < high]
+        if not kept:
+            raise UsageError(f"no step of {len(self.timesteps)} lies between {start} and {end} of the run; take more")
+        sigmas = self.sigmas[kept[0] : kept[-1] + 2]
+        return Levels(sigmas, self.timesteps[kept[0] : kept[-1] + 1], math.hypot(1, sigmas[0]) if start else self.start)
+
 
 @dataclass(frozen=True)
 class Spacing:

@@ -49,17 +49,22 @@ class Conditioning:
 
 @dataclass(frozen=True, eq=False)
 class TextEncoder:
-    """A tokenizer and the CLIP text model that goes with it."""
+    """A tokenizer and the CLIP text model that goes with it.
+
+    penultimate: SDXL's way; the states before the last layer, without the final norm.
+    """
 
     tokenizer: CLIPTokenizer
     model: CLIPTextModel
+    penultimate: bool = False
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str], clip_skip: int | None = None) -> Conditioning:
         """Context [B, T, D] and pooled vectors [B, D'] of the prompts, in the model's type and on its device.
 
-        clip_skip, as in diffusers: None takes the last layer; k leaves out the last k layers; the final norm is applied
-        in either case. UsageError for no prompts at all, or a clip_skip beyond the layers.
+        clip_skip, as in diffusers: None takes the last layer (penultimate: the one before it); k leaves out k layers
+        more. The final norm is applied in either case, but for penultimate states. UsageError for no prompts at all, or
+        a clip_skip beyond the layers.
         """
         if not prompts:
             raise UsageError("no prompts; give at least one (it may be empty)")
@@ -67,15 +72,45 @@ class TextEncoder:
         device = next(self.model.parameters()).device
         # One prompt a call: matrix products sum in another order for another batch size, and an image may not depend
         # on its neighbours to the last bit. Equal prompts, such as the negative ones, are encoded once.
-        parts = [self._encode(row[None].to(device), clip_skip or 0) for row in self.tokenizer(unique).ids]
+        skip = (clip_skip or 0) + self.penultimate
+        parts = [self._encode(row[None].to(device), skip) for row in self.tokenizer(unique).ids]
         return Conditioning.cat(parts).select([unique.index(prompt) for prompt in prompts])
 
     def _encode(self, ids: Tensor, skip: int) -> Conditioning:
         context, pooled = self.model(ids, skip=skip)
-        if skip:
+        if skip and not self.penultimate:
             context = self.model.text_model.final_layer_norm(context)
         return Conditioning(context, pooled)
+
+    @property
+    def room(self) -> int:
+        """How many tokens of text fit beside the two that begin and end it."""
+        return self.tokenizer.max_length - 2
 
     def dropped(self, prompts: Sequence[str]) -> tuple[tuple[str, ...], ...]:
         """For each prompt the words beyond the window, which the model does not see; () where all of it fits."""
         return self.tokenizer(prompts).dropped
+
+
+@dataclass(frozen=True, eq=False)
+class JoinedEncoders:
+    """Several text encoders that read the same prompt, as in SDXL (Podell et al. 2023, sec. 2.1): their states side by
+    side, and the pooled vector of the last.
+    """
+
+    parts: tuple[TextEncoder, ...]
+
+    def __call__(self, prompts: Sequence[str], clip_skip: int | None = None) -> Conditioning:
+        """Context [B, T, D1 + D2 + ...] and pooled vectors [B, D']; otherwise as TextEncoder."""
+        said = [part(prompts, clip_skip) for part in self.parts]
+        return Conditioning(torch.cat([one.context for one in said], -1), said[-1].pooled)
+
+    @property
+    def room(self) -> int:
+        """The least of the parts' rooms."""
+        return min(part.room for part in self.parts)
+
+    def dropped(self, prompts: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+        """For each prompt the words that a part does not see."""
+        rows = zip(*(part.dropped(prompts) for part in self.parts), strict=True)
+        return tuple(max(row, key=len) for row in rows)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ldm.checkpoints.folder import PARTS, Components
+from ldm.checkpoints.components import CLASSES, DIFFUSION, Components, build
 from ldm.checkpoints.safe import atomic_json, atomic_save_safetensors, load_into, read_json, write_manifest
+from ldm.conditioning import encoder_of
 from ldm.data.emoji import EmojiScenes
 from ldm.diffusion.losses import DiffusionLoss
 from ldm.errors import UsageError
@@ -25,6 +26,7 @@ from ldm.models.unet import UNet, init_for_training
 from ldm.models.vae import AutoencoderKL
 from ldm.pipeline import Pipeline
 from ldm.schedulers import network_of
+from ldm.text.encoder import TextEncoder
 from ldm.text.tokenizer import CLIPTokenizer
 from ldm.training.config import DenoiserConfig
 from ldm.training.first_stage import HELD_OUT_SEED, tile, to_signal
@@ -60,10 +62,11 @@ class LatentDiffusion(nn.Module):
         super().__init__()
         self.config, self.loss = config, loss
         self.unet = frozen.unet
-        self.text = frozen.text_encoder.requires_grad_(False)
+        words = words_of(frozen)
+        self.text = words.model.requires_grad_(False)
         self.scale = frozen.vae.config.scaling_factor
         self.empty: Tensor
-        self.register_buffer("empty", frozen.tokenizer([""]).ids)
+        self.register_buffer("empty", words.tokenizer([""]).ids)
 
     def forward(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         mean, std, ids = batch
@@ -114,21 +117,24 @@ def scheduler_config(config: DenoiserConfig) -> dict[str, object]:
 def components(config: DenoiserConfig) -> Components:
     """The frozen parts of the finished stages and a fresh U-Net. UsageError when a stage was not trained yet."""
     torch.manual_seed(config.loop.seed)
-    folders = {"vae": Path(config.first_stage), "text_encoder": Path(config.clip) / "text_encoder"}
-    for name, folder in folders.items():
+    folders = {
+        "vae": (Path(config.first_stage), "AutoencoderKL"),
+        "text_encoder": (Path(config.clip) / "text_encoder", "CLIPTextModel"),
+    }
+    for name, (folder, _) in folders.items():
         if not (folder / "config.json").is_file():
             raise UsageError(
                 f"there is no trained {name} in {folder}; train it first (`ldm train first-stage`, `ldm train clip`)"
             )
     models: dict[str, nn.Module] = {}
-    for name, folder in folders.items():
+    for name, (folder, class_name) in folders.items():
         with torch.device("meta"):
-            models[name] = PARTS[name].build(read_json(folder / "config.json"))
-        load_into(models[name], [folder / f"{PARTS[name].stem}.safetensors"])
+            models[name] = build(class_name, read_json(folder / "config.json"))
+        load_into(models[name], [folder / f"{CLASSES[class_name].stem}.safetensors"])
     unet = UNet(config.unet)
     init_for_training(unet)
     if config.start:
-        load_into(unet, Path(config.start) / "unet" / f"{PARTS['unet'].stem}.safetensors", torch.float32)
+        load_into(unet, Path(config.start) / "unet" / f"{DIFFUSION}.safetensors", torch.float32)
     unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
     tokenizer = CLIPTokenizer.from_folder(Path(config.clip) / "tokenizer", config_window(models["text_encoder"]))
     defaults = {
@@ -138,12 +144,19 @@ def components(config: DenoiserConfig) -> Components:
     }
     return Components(
         unet=unet,
-        vae=models["vae"].eval().requires_grad_(False),  # type: ignore[arg-type]  # built by PARTS["vae"]
+        vae=models["vae"].eval().requires_grad_(False),  # type: ignore[arg-type]  # an AutoencoderKL
         text_encoder=models["text_encoder"].eval(),  # type: ignore[arg-type]
         tokenizer=tokenizer,
         scheduler_config=scheduler_config(config),
         generation=defaults,
     )
+
+
+def words_of(frozen: Components) -> TextEncoder:
+    """The one text encoder of a model that is trained here."""
+    encoder = encoder_of(frozen)
+    assert isinstance(encoder, TextEncoder)
+    return encoder
 
 
 def config_window(text_encoder: nn.Module) -> int:
@@ -168,15 +181,16 @@ def encode(vae: AutoencoderKL, tokenizer: CLIPTokenizer, scenes: EmojiScenes, co
 
 def cached(config: DenoiserConfig, frozen: Components, scenes: EmojiScenes) -> Batch:
     """`encode`, kept in the run's folder under a digest of everything it depends on."""
-    known = [asdict(config.corpus), config.latents, config.loop.seed, frozen.tokenizer.vocab, frozen.tokenizer.merges]
+    words = words_of(frozen)
+    known = [asdict(config.corpus), config.latents, config.loop.seed, words.tokenizer.vocab, words.tokenizer.merges]
     digest = hashlib.sha256(json.dumps(known).encode())
-    for model in (frozen.vae, frozen.text_encoder):
+    for model in (frozen.vae, words.model):
         for value in model.state_dict().values():
             digest.update(value.cpu().numpy().tobytes())
     path = Path(config.loop.out) / f"latents-{digest.hexdigest()[:16]}.safetensors"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        encoded = encode(frozen.vae, frozen.tokenizer, scenes, config.latents)
+        encoded = encode(frozen.vae, words.tokenizer, scenes, config.latents)
         atomic_save_safetensors(dict(zip(("mean", "std", "ids"), encoded, strict=True)), path)
     kept = load_file(path)
     return kept["mean"], kept["std"], kept["ids"]
@@ -190,15 +204,15 @@ def denoiser(config: DenoiserConfig) -> Stage:
     scenes = EmojiScenes(config.corpus, config.loop.seed)
     schedule, prediction = network_of(frozen.scheduler_config)
     objective = LatentDiffusion(config, frozen, DiffusionLoss(schedule, prediction, config.snr_gamma or None))
-    mean, _, ids = encode(frozen.vae, frozen.tokenizer, EmojiScenes(config.corpus, HELD_OUT_SEED), HELD_OUT_SCENES)
+    unseen = EmojiScenes(config.corpus, HELD_OUT_SEED)
+    mean, _, ids = encode(frozen.vae, words_of(frozen).tokenizer, unseen, HELD_OUT_SCENES)
     fixed = generator(HELD_OUT_SEED, 0)
     noise = torch.randn(mean.shape, generator=fixed)
     t = torch.linspace(0, schedule.num_train_timesteps - 1, HELD_OUT_SCENES).round().long()
 
     def drawing(unet: nn.Module) -> Pipeline:
         assert isinstance(unet, UNet)
-        parts = (frozen.vae, frozen.text_encoder, frozen.tokenizer, frozen.scheduler_config, frozen.generation)
-        pipeline = Pipeline(Components(unet, *parts))
+        pipeline = Pipeline(replace(frozen, unet=unet))
         return pipeline.to(pipeline.device)  # the autoencoder is no part of the objective, which accelerate has moved
 
     @torch.inference_mode()
