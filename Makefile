@@ -22,7 +22,7 @@ SAY := @printf '==> %s\n'
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test check lint types weights clean
+.PHONY: help demo test check lint types docs weights clean
 
 help: ## show this list
 	@printf 'make TARGET, where TARGET is one of\n'
@@ -50,6 +50,11 @@ types: $(VENV)/.dev ## types (mypy strict on ldm/)
 	$(SAY) 'mypy'
 	@$(BIN)/python -m mypy
 
+docs: $(VENV)/.docs ## build the documentation as a site into out/site, offline
+	$(SAY) 'zensical build'
+	@$(BIN)/zensical build --strict --clean
+	$(SAY) 'the site begins in out/site/index.html'
+
 weights: $(VENV)/.train ## train the model in the box again from nothing (hours; goes on where it was stopped)
 	$(SAY) 'first stage (1 of 4)'
 	@$(BIN)/ldm train first-stage --config configs/cpu/first_stage.yaml
@@ -62,10 +67,10 @@ weights: $(VENV)/.train ## train the model in the box again from nothing (hours;
 
 clean: ## remove the environment, caches, builds and demo pictures (training runs stay)
 	$(SAY) 'removing $(VENV), out/, dist/ and caches'
-	@rm -rf "$(VENV)" out dist build .mypy_cache .pytest_cache .ruff_cache
+	@rm -rf "$(VENV)" out dist build .cache .mypy_cache .pytest_cache .ruff_cache
 	@find ldm tests bench examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
-# The environment is made in layers: .core draws; .train and .dev are the extras of pyproject.toml on top of it.
+# The environment is made in layers: .core draws; .train, .dev and .docs are the extras of pyproject.toml on top of it.
 # A layer is installed again when pyproject.toml or constraints.txt is newer than its stamp.
 $(VENV)/.core: pyproject.toml constraints.txt
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
@@ -80,7 +85,7 @@ $(VENV)/.core: pyproject.toml constraints.txt
 	@$(INSTALL) --editable .
 	@touch "$@"
 
-$(VENV)/.train $(VENV)/.dev: $(VENV)/.%: $(VENV)/.core
+$(VENV)/.train $(VENV)/.dev $(VENV)/.docs: $(VENV)/.%: $(VENV)/.core
 	$(SAY) 'installing the extra [$*], in the versions of constraints.txt'
 	@$(INSTALL) --editable ".[$*]"
 	@touch "$@"

@@ -9,19 +9,25 @@ from ldm.checkpoints.components import Components
 from ldm.errors import UsageError
 from ldm.request import Request
 from ldm.text.encoder import Conditioning, JoinedEncoders, TextEncoder
+from ldm.text.transformers_text import TransformersText
 
 SIZES = ("original_height", "original_width", "crop_top", "crop_left")
 """Fields of Request that only a network with size conditioning hears."""
 
 
-def encoder_of(c: Components) -> TextEncoder | JoinedEncoders:
+AnyEncoder = TextEncoder | JoinedEncoders | TransformersText
+
+
+def encoder_of(c: Components) -> AnyEncoder:
     """The text encoder of a model: one, SDXL's two together, or its refiner's second alone."""
+    if isinstance(c.text_encoder, TransformersText):
+        return c.text_encoder
     pairs = ((c.tokenizer, c.text_encoder), (c.tokenizer_2, c.text_encoder_2))
     parts = [TextEncoder(tokenizer, model, c.is_xl) for tokenizer, model in pairs if tokenizer and model]
     return parts[0] if len(parts) == 1 else JoinedEncoders(tuple(parts))
 
 
-def encode(encoder: TextEncoder | JoinedEncoders, prompts: Sequence[str], clip_skip: int | None) -> Conditioning:
+def encode(encoder: AnyEncoder, prompts: Sequence[str], clip_skip: int | None) -> Conditioning:
     """Prompts -> Conditioning. UsageError names the words that do not fit the encoder's window."""
     for dropped in encoder.dropped(prompts):
         if dropped:
@@ -29,7 +35,8 @@ def encode(encoder: TextEncoder | JoinedEncoders, prompts: Sequence[str], clip_s
                 f"the prompt is longer than the encoder's {encoder.room} tokens: {' '.join(dropped)!r} would be "
                 f"lost; shorten it"
             )
-    return encoder(prompts, clip_skip)
+    said: Conditioning = encoder(prompts, clip_skip)
+    return said
 
 
 def conditioning(

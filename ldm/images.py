@@ -29,6 +29,7 @@ LARGEST_EXIF = 65_533  # bytes in a JPEG file, whose segments count their length
 EXIF_IFD, MAKER_NOTE, USER_COMMENT = 0x8769, 0x927C, 0x9286  # Exif 2.32, tables 1, 7 and 9
 UNICODE, ASCII, LDM = b"UNICODE\0", b"ASCII\0\0\0", b"ldm\0"  # what the values begin with (Exif 2.32 sec. 4.6.5)
 FONT_SIZE = 11
+Pictures = list[Image.Image] | Tensor | NDArray[np.float32]
 
 
 def to_numpy(images: Tensor) -> NDArray[np.float32]:
@@ -46,6 +47,14 @@ def to_numpy(images: Tensor) -> NDArray[np.float32]:
 def to_pil(images: Tensor) -> list[Image.Image]:
     """[B, 3, H, W] in [-1, 1] -> B pictures of 8 bits a channel, rounded as diffusers does (half to even)."""
     return [Image.fromarray(array) for array in (to_numpy(images) * 255).round().astype(np.uint8)]
+
+
+def of_type(images: Tensor, output_type: str) -> Pictures:
+    """[B, 3, H, W] in [-1, 1] -> "pil": pictures; "pt": tensor [B, 3, H, W] in [0, 1]; "np": array [B, H, W, 3]."""
+    if output_type == "pil":
+        return to_pil(images)
+    array = to_numpy(images)
+    return torch.from_numpy(array).permute(0, 3, 1, 2) if output_type == "pt" else array
 
 
 def to_tensor(images: Sequence[Image.Image]) -> Tensor:

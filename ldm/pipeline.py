@@ -6,56 +6,71 @@ B images, C latent channels, H W latent height and width, T tokens, D text width
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from ldm.checkpoints.components import Components
-from ldm.checkpoints.folder import open_folder, save_folder
-from ldm.conditioning import SIZES, conditioning, encoder_of, sizes
+from ldm.checkpoints.folder import save_folder
+from ldm.checkpoints.safe import file_sha256
+from ldm.conditioning import AnyEncoder, conditioning, encoder_of, sizes
 from ldm.diffusion.guidance import guided, guided_rescaled
 from ldm.diffusion.prediction import PREDICTIONS, Denoiser, Estimate, c_in
 from ldm.diffusion.spacing import Levels
-from ldm.errors import ModelError, NumericalError, UsageError
-from ldm.images import to_numpy, to_pil
+from ldm.errors import ModelError, UsageError
+from ldm.images import Pictures, of_type, to_pil
+from ldm.models.tiny_vae import AutoencoderTiny
 from ldm.models.unet import UNet
 from ldm.models.vae import AutoencoderKL
 from ldm.noise import Noise, checked_latents, generators, slerp
+from ldm.refusals import refuse_infinite, refuse_unfit, solver_options
 from ldm.request import MOST_IMAGES, Request, make_request
-from ldm.runtime import refuse_if_too_large, resolve_device, resolve_dtype, short_name
-from ldm.schedulers import Option, Sampling, Step, from_config
-from ldm.text.encoder import Conditioning, JoinedEncoders, TextEncoder
+from ldm.runtime import refuse_if_too_large, resolve_device, resolve_dtype
+from ldm.safety import flagged
+from ldm.schedulers import Sampling, Step, from_config
+from ldm.sources import open_model
+from ldm.text.encoder import Conditioning
+from ldm.text.inversion import attach, read_embedding
 
-THE_BOX = "the model in the box"
 FALLBACKS = {"num_inference_steps": 25, "guidance_scale": 7.5}  # of a model without generation_config.json
 XL_FALLBACKS = FALLBACKS | {"guidance_scale": 5.0}
-WANTS = {"inpainting": "an image and a mask", "instruct-pix2pix": "an image", "upscaling": "a small image"}
 
 
 @dataclass(frozen=True)
 class Result:
     """What a request gave. `request` is the one carried out, with every choice that was left open filled in."""
 
-    images: list[Image.Image] | Tensor | NDArray[np.float32]  # by output_type
+    images: Pictures  # by output_type
     seeds: tuple[int, ...]  # of each picture; () where the noise came from `generator`
     request: Request
     latents: Tensor  # [B, C, H, W] float32, in the network's frame (scaled, as the VAE's decode takes them)
+    flagged: tuple[
+        bool, ...
+    ] = ()  # the safety checker's verdict on each picture, where the model has one; such are black
 
 
 class Pipeline:
-    """A latent diffusion model, ready to draw. `unet`, `vae`, `text_encoder` and `schedule` are plain attributes."""
+    """A latent diffusion model, ready to draw. `unet`, `vae`, `text_encoder` and `schedule` are plain attributes.
 
-    def __init__(self, components: Components) -> None:
-        self.components = components
+    refiner: a second model that ends every run, from the request's refiner_start on (SDXL: Podell et al. 2023, sec.
+    2.5).
+    """
+
+    def __init__(self, components: Components, refiner: "Pipeline | None" = None) -> None:
+        self.components, self.refiner = components, refiner
+        self.adapters: tuple[dict[str, Any], ...] = ()  # what was loaded beside the model, for recipes
         self.unet: UNet = components.unet
-        self.vae: AutoencoderKL = components.vae
-        self.text_encoder: TextEncoder | JoinedEncoders = encoder_of(components)
+        self.vae: AutoencoderKL | AutoencoderTiny = components.vae
+        self.text_encoder: AnyEncoder = encoder_of(components)
         self.schedule = self.sampling(None).schedule
+        if refiner and refiner.vae.config.latent_channels != self.vae.config.latent_channels:
+            raise ModelError(
+                f"the refiner's latents have {refiner.vae.config.latent_channels} channels and the model's "
+                f"{self.vae.config.latent_channels}; take the refiner of this family"
+            )
 
     @classmethod
     def from_pretrained(
@@ -65,23 +80,88 @@ class Pipeline:
         dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
         variant: str | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        vae: str | Path | None = None,
+        refiner: str | Path | None = None,
+        allow_pickle: bool = False,
+        safety_checker: bool = True,
     ) -> "Pipeline":
-        """Open a model folder (diffusers layout); no path opens the model in the box.
+        """Open a model folder (diffusers layout), a checkpoint in one file, or the hub's model of this name; no path
+        opens the model in the box.
 
         dtype: "fp32", "bf16", "fp16" or a torch.dtype; default float32 on the CPU, bfloat16 on CUDA. device: "cpu",
-        "cuda", "cuda:1"; default CUDA if there is one. variant: "fp16" prefers `*.fp16.safetensors`. ModelError:
-        missing, incomplete, damaged or of another kind. UsageError: an unknown dtype or device, CUDA asked and absent.
+        "cuda", "cuda:1"; default CUDA if there is one. variant: "fp16" prefers `*.fp16.safetensors`. revision: of the
+        hub's model, a branch, tag or commit. local_files_only: what was fetched before, without a network (as
+        HF_HUB_OFFLINE=1). vae: another autoencoder, a file or folder, also a TAESD. refiner: SDXL's second model, which
+        ends every run. allow_pickle: take `*.bin` where there are no safetensors; they are read by a child process
+        that runs nothing of them. safety_checker: open the model's own, if it has one. ModelError: missing, incomplete,
+        damaged or of another kind. UsageError: an unknown dtype or device, CUDA asked and absent.
         """
         where = resolve_device(device)
-        folder = model_in_the_box() if path is None else Path(path)
-        components = open_folder(folder, resolve_dtype(dtype, where), where, variant)
-        return cls(replace(components, name=THE_BOX) if path is None else components)
+        opened = partial(
+            open_model, dtype=resolve_dtype(dtype, where), device=where, variant=variant, revision=revision, vae=vae,
+            local_files_only=local_files_only, allow_pickle=allow_pickle, safety_checker=safety_checker,
+        )  # fmt: skip
+        return cls(opened(path), cls(opened(refiner)) if refiner else None)
 
-    def save_pretrained(self, path: str | Path, *, dtype: str | torch.dtype | None = None) -> None:
-        """Write a model folder, whole or not at all, that this class and stock diffusers open. dtype: of the files;
-        default the model's.
+    @classmethod
+    def from_single_file(
+        cls,
+        path: str | Path,
+        *,
+        dtype: str | torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        prediction_type: str | None = None,
+        ema: bool = False,
+        vae: str | Path | None = None,
+        allow_pickle: bool = False,
+    ) -> "Pipeline":
+        """Open a checkpoint in one file (`.safetensors`; `.ckpt` and `.pt` with allow_pickle) of SD1, SD2, SDXL or its
+        refiner. Its family is known by its keys and shapes; nothing is fetched.
+
+        prediction_type: "epsilon" or "v_prediction", where the file does not say. ema: take the averaged weights that
+        it also holds. vae: another autoencoder, a file or folder, also a TAESD. Others and errors as `from_pretrained`.
         """
-        save_folder(self.components, path, None if dtype is None else resolve_dtype(dtype, self.device))
+        from ldm.checkpoints.single_file import open_single_file
+
+        where = resolve_device(device)
+        kind = resolve_dtype(dtype, where)
+        return cls(
+            open_single_file(
+                path, kind, where, prediction_type=prediction_type, ema=ema, allow_pickle=allow_pickle, vae=vae
+            )
+        )
+
+    def load_textual_inversion(self, path: str | Path, token: str | None = None, *, allow_pickle: bool = False) -> str:
+        """Teach the model a learned word (Gal et al. 2022) from the file of diffusers, A1111 or kohya; returns it.
+
+        token: the word, in place of what the file or its name says. Errors as of `read_embedding` and `attach` of
+        ldm.text.inversion; nothing has then changed.
+        """
+        embedding = read_embedding(path, allow_pickle)
+        attach(self.components, embedding, token)
+        self.text_encoder = encoder_of(self.components)
+        word = token or embedding.name
+        self.adapters += ({"type": "textual_inversion", "name": word, "sha256": file_sha256(Path(path))},)
+        return word
+
+    def save_pretrained(
+        self, path: str | Path, *, dtype: str | torch.dtype | None = None, max_shard_size: int | str = "5GB"
+    ) -> None:
+        """Write a model folder, whole or not at all, that this class and stock diffusers open. dtype: of the files;
+        default the model's. max_shard_size: of one weights file, in bytes or as "300MB".
+        """
+        kind = None if dtype is None else resolve_dtype(dtype, self.device)
+        save_folder(self.components, path, kind, max_shard_size=max_shard_size)
+
+    def save_single_file(self, path: str | Path, *, dtype: str | torch.dtype | None = None) -> None:
+        """Write a checkpoint in one file with the keys that other tools expect. dtype: of the file; default the
+        model's.
+        """
+        from ldm.checkpoints.single_file import save_single_file
+
+        save_single_file(self.components, path, None if dtype is None else resolve_dtype(dtype, self.device))
 
     @property
     def device(self) -> torch.device:
@@ -107,6 +187,8 @@ class Pipeline:
         where = self.device if device is None else resolve_device(device)
         for model in self.components.networks.values():
             model.to(where, self.dtype if dtype is None else resolve_dtype(dtype, where))
+        if self.refiner:
+            self.refiner.to(device, dtype)
         return self
 
     def __call__(
@@ -142,7 +224,8 @@ class Pipeline:
         seeds = order.seed if isinstance(order.seed, tuple) and generator is None else ()
         if order.output_type == "latent":
             return Result(final, seeds, order, final)
-        return Result(self.pictures(final, order.output_type), seeds, order, final)
+        images, flags = self.shown(final)
+        return Result(of_type(images, order.output_type), seeds, order, final, flags)
 
     def resolve(self, request: Request, given: Conditioning | None = None) -> Request:
         """The request with every open choice made: the model's defaults, the size, the seeds (drawn if there are
@@ -158,28 +241,8 @@ class Pipeline:
         drawn = ("seed", "variation_seed") if request.variation_strength else ("seed",)
         chosen |= {name: secrets.randbelow(2**32) for name in drawn if getattr(request, name) is None}
         order = replace(request, **chosen)
-        self._refuse_unfit(order)
+        refuse_unfit(self.components, self.sampling(order.scheduler), order)
         return replace(order, seed=order.seeds(count), variation_seed=order.variation_seeds(count))
-
-    def _refuse_unfit(self, order: Request) -> None:
-        """UsageError for what this model, scheduler or machine cannot draw, be it one picture."""
-        assert order.height and order.width
-        factor, config = self.vae.config.factor, self.unet.config
-        if self.components.task != "text-to-image":
-            raise UsageError(
-                f"this is a model for {self.components.task} ({config.in_channels} channels): it wants "
-                f"{WANTS[self.components.task]} beside the words, and cannot draw from words alone"
-            )
-        if not config.projection_class_embeddings_input_dim:
-            for name in SIZES:
-                if getattr(order, name):
-                    raise UsageError(f"{name} is {getattr(order, name)}, and this model hears no sizes (SDXL does)")
-        if order.height % factor or order.width % factor:
-            raise UsageError(
-                f"size {order.width}x{order.height}; width and height must be multiples of {factor} for this model"
-            )
-        solver_options(self.sampling(order.scheduler), order)
-        refuse_if_too_large(self.unet, self.vae, order.height, order.width, 1, 1)
 
     def count(self, request: Request, given: Conditioning | None = None) -> int:
         """How many pictures a request asks for. UsageError: none, too many, or both prompts and embeddings."""
@@ -204,9 +267,33 @@ class Pipeline:
         given, negative: embeddings in place of the prompts; otherwise as in `__call__`.
         """
         order = self.resolve(request, given)
-        assert order.height and order.width and order.num_inference_steps and order.guidance_scale is not None
         assert isinstance(order.seed, tuple)
-        images, factor = len(order.seed), self.vae.config.factor
+        draws = generators(generator, order.seed)  # the refiner reads on where the first model stops
+        if self.refiner is None or order.denoising_start or order.denoising_end < 1 or order.refiner_start == 1:
+            yield from self._walk(order, draws, latents, given, negative)
+            return
+        if given or negative:
+            raise UsageError("embeddings were given and the model has a refiner, which reads others; give prompts")
+        step = None
+        for step in self._walk(replace(order, denoising_end=order.refiner_start), draws, latents, None, None):
+            yield step
+        assert step is not None
+        rest = self.refiner.resolve(replace(order, denoising_start=order.refiner_start, clip_skip=None))
+        for later in self.refiner._walk(rest, draws, step.latents, None, None):
+            yield replace(later, index=step.index + 1 + later.index)
+
+    @torch.inference_mode()
+    def _walk(
+        self,
+        order: Request,
+        draws: Sequence[torch.Generator],
+        latents: Tensor | None,
+        given: Conditioning | None,
+        negative: Conditioning | None,
+    ) -> Iterator[Step]:
+        """The steps of a resolved request by this model alone."""
+        assert order.height and order.width and order.num_inference_steps and order.guidance_scale is not None
+        images, factor = len(draws), self.vae.config.factor
         at_once = images if self.device.type == "cuda" else 1
         refuse_if_too_large(self.unet, self.vae, order.height, order.width, at_once, images)
 
@@ -223,16 +310,12 @@ class Pipeline:
         elif guiding:
             denoise = guided(denoise, order.guidance_scale)
 
-        shape = (
-            self.vae.config.latent_channels,
-            order.height // factor,
-            order.width // factor,
-        )  # embeddings -> latents
-        noise = Noise(generators(generator, order.seed), shape, self.device)
+        shape = (self.vae.config.latent_channels, order.height // factor, order.width // factor)
+        noise = Noise(draws, shape, self.device)
         if order.denoising_start and latents is None:
             raise UsageError("denoising_start wants the latents of the model that ended there; give latents")
         start = noise() if latents is None else checked_latents(latents, (images, *shape)).to(noise.device, noise.dtype)
-        if isinstance(order.variation_seed, tuple):
+        if isinstance(order.variation_seed, tuple) and not order.denoising_start:
             other = Noise(generators(None, order.variation_seed), shape, torch.device("cpu"))()
             start = slerp(start.cpu(), other, order.variation_strength).to(noise.device)
         solver = sampling.scheduler.bound(solver_options(sampling, order))
@@ -240,9 +323,9 @@ class Pipeline:
         for step in solver(denoise, start * levels.start, levels.sigmas, noise):
             finite.append(torch.isfinite(step.x).all())
             if self.device.type == "cpu":  # elsewhere reading it would wait for the device: it is asked at the end
-                self.refuse_infinite(finite, sampling)
+                refuse_infinite(finite, sampling.scheduler.name, self.dtype)
             yield step
-        self.refuse_infinite(finite, sampling)
+        refuse_infinite(finite, sampling.scheduler.name, self.dtype)
 
     def denoiser(
         self, sampling: Sampling, levels: Levels, text: Conditioning, sizes: Tensor | None, images: int
@@ -271,51 +354,29 @@ class Pipeline:
 
         return denoise
 
-    def refuse_infinite(self, finite: Sequence[Tensor], sampling: Sampling) -> None:
-        """NumericalError for the first step whose latents were not finite."""
-        flags = torch.stack(list(finite)).tolist()
-        if not all(flags):
-            raise NumericalError(
-                f"the latents are not finite after step {flags.index(False) + 1} of {sampling.scheduler.name} "
-                f"in {short_name(self.dtype)}; "
-                "use dtype fp32, another scheduler or a lower guidance_scale"
-            )
-
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, C, H, W] -> images [B, 3, fH, fW], about [-1, 1], float32. One at a time on the CPU, for the
         same reason as above.
         """
-        scaled = latents.to(self.device, self.vae.quant_conv.weight.dtype)
+        scaled = latents.to(self.device, next(self.vae.parameters()).dtype)
         parts = [scaled] if self.device.type == "cuda" else scaled.split(1)
         return torch.cat([self.vae.decode(part).float() for part in parts])
 
-    def pictures(self, latents: Tensor, output_type: str = "pil") -> list[Image.Image] | Tensor | NDArray[np.float32]:
-        """Latents -> images -> PIL pictures, a tensor [B, 3, H, W] or an array [B, H, W, 3] in 0..1."""
+    @torch.inference_mode()
+    def shown(self, latents: Tensor) -> tuple[Tensor, tuple[bool, ...]]:
+        """Latents -> images [B, 3, H, W] in -1..1, black where the model's safety checker flags them, and its verdicts
+        (none where there is no checker).
+        """
         images = self.decode(latents)
-        if output_type == "pil":
-            return to_pil(images)
-        array = to_numpy(images)
-        return torch.from_numpy(array).permute(0, 3, 1, 2) if output_type == "pt" else array
+        checker = self.components.safety_checker
+        flags = flagged(checker, to_pil(images)) if checker else ()
+        for i in (i for i, flag in enumerate(flags) if flag):
+            images[i] = -1
+        return images, flags
 
-
-def model_in_the_box() -> Path:
-    """The folder of the model that comes with the package: inside it when installed, beside it in a checkout.
-    ModelError: not there.
-    """
-    here = Path(__file__).resolve().parent
-    for folder in (here / "weights", here.parent / "weights"):
-        if (folder / "model_index.json").is_file():
-            return folder
-    raise ModelError("the model in the box is missing from this installation; reinstall it, or name a model folder")
-
-
-def solver_options(sampling: Sampling, order: Request) -> dict[str, Option]:
-    """The model's options of its solver, and the request's eta. UsageError when that scheduler has no eta."""
-    if order.eta is None:
-        return sampling.options
-    if "eta" not in sampling.scheduler.options:
-        raise UsageError(
-            f"eta is {order.eta}, but {sampling.scheduler.name} has none; use ddim or euler_a, or leave it out"
-        )
-    return sampling.options | {"eta": order.eta}
+    def pictures(self, latents: Tensor, output_type: str = "pil") -> Pictures:
+        """Latents -> images -> PIL pictures, a tensor [B, 3, H, W] or an array [B, H, W, 3] in 0..1. A picture that the
+        model's safety checker flags is black.
+        """
+        return of_type(self.shown(latents)[0], output_type)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ldm.errors import NumericalError, UsageError
 from ldm.images import grid, to_pil
+from ldm.models.tiny_vae import AutoencoderTiny
 from ldm.models.vae import AutoencoderKL
 
 FITTED, SIDE, SCALES = 16, 8, (1, 2, 4)  # latents to fit on, their side, and the sides of the noise in them
@@ -23,7 +24,7 @@ BLOCKS = {(True, True): "\u2588", (True, False): "\u2580", (False, True): "\u258
 
 
 @torch.no_grad()
-def fit_latent_to_rgb(vae: AutoencoderKL, seed: int = 0) -> tuple[Tensor, Tensor]:
+def fit_latent_to_rgb(vae: AutoencoderKL | AutoencoderTiny, seed: int = 0) -> tuple[Tensor, Tensor]:
     """The map [C, 3] and the bias [3], float32 on the CPU, from a latent pixel in the network's frame (scaled, as the
     VAE's decode takes it) to the mean colour, in [-1, 1], of the f x f pixels that become of it.
 

@@ -40,8 +40,8 @@ class Recipe:
     """Everything that decided one picture.
 
     request: the fields of Request for this picture alone, with every choice made (prompt str, seed int), without
-    NOT_KEPT. model: a name; of a path only the last part is kept. components: unet, vae, tokenizer ... -> the SHA-256 of
-    each, in hex. scheduler: the model's scheduler_config.json. threads: of the CPU. versions: ldm, torch,
+    NOT_KEPT. model: a name; of a path only the last part is kept. components: unet, vae, tokenizer ... -> the SHA-256
+    of each, in hex. scheduler: the model's scheduler_config.json. threads: of the CPU. versions: ldm, torch,
     python, cpu (its instruction set). adapters: what each is, in order. Numbers that JSON has not (-inf) become text.
     """
 
@@ -112,6 +112,7 @@ def recipe_of(pipeline: "Pipeline", request: Request, components: Mapping[str, s
         dtype=short_name(pipeline.dtype),
         threads=torch.get_num_threads(),
         versions=versions | {"cpu": torch.backends.cpu.get_cpu_capability()},
+        adapters=pipeline.adapters,
     )
 
 
@@ -128,7 +129,11 @@ def digests(pipeline: "Pipeline") -> dict[str, str]:
     for name, tokenizer in pipeline.components.tokenizers.items():
         words = [tokenizer.vocab, tokenizer.merges, tokenizer.pad, tokenizer.added]
         hashed[name] = [json.dumps(words).encode()]
-    return {name: hashlib.sha256(b"".join(parts)).hexdigest() for name, parts in hashed.items()}
+    if vocabulary := getattr(pipeline.text_encoder, "vocabulary", None):
+        hashed["tokenizer"] = [vocabulary.encode()]
+    second = digests(pipeline.refiner) if pipeline.refiner else {}
+    known = {name: hashlib.sha256(b"".join(parts)).hexdigest() for name, parts in hashed.items()}
+    return known | {f"refiner_{name}": digest for name, digest in second.items()}
 
 
 def _digest(entry: "tuple[str, Tensor]") -> bytes:

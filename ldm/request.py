@@ -12,6 +12,7 @@ LARGEST_SIDE = 16384  # pixels; what memory allows is asked of the machine befor
 MOST_IMAGES = 10_000
 LARGEST_SEED = 2**63 - 1
 SEEDS = ("seed", "variation_seed")
+XL = "SDXL"
 OUTPUT_TYPES = ("pil", "pt", "np", "latent")
 
 
@@ -21,9 +22,11 @@ def flag_of(field: "Field[Any]") -> str:
     return f"-{name}" if len(name) == 1 else f"--{name}"
 
 
-def _option(default: Any, help: str, flag: str = "") -> Any:
-    """A field with its one-line description and, where it differs from the name, its command-line flag."""
-    return field(default=default, metadata={"help": help, "flag": flag})
+def _option(default: Any, help: str, flag: str = "", of: str = "") -> Any:
+    """A field with its one-line description, its command-line flag where that differs from the name, and the one
+    family of models that heeds it.
+    """
+    return field(default=default, metadata={"help": help, "flag": flag, "of": of})
 
 
 @dataclass(frozen=True)
@@ -65,15 +68,16 @@ class Request:
         None, "how many of the text encoder's last layers the prompt skips (diffusers' counting)"
     )
     original_height: int | None = _option(
-        None, "SDXL: height in pixels of the picture that this is told to be made from; absent = the height"
+        None, "height in pixels of the picture that this is told to be made from; absent = the height", of=XL
     )
-    original_width: int | None = _option(None, "SDXL: and its width")
-    crop_top: int = _option(0, "SDXL: pixels told to be cut off at the top")
-    crop_left: int = _option(0, "SDXL: and at the left")
-    aesthetic_score: float = _option(6.0, "SDXL's refiner: how beautiful the picture is told to be")
-    negative_aesthetic_score: float = _option(2.5, "SDXL's refiner: and the one to keep away from")
-    denoising_start: float = _option(0.0, "0..1: begin where another model ended, with its latents (SDXL's refiner)")
-    denoising_end: float = _option(1.0, "0..1: stop so far, for another model to go on")
+    original_width: int | None = _option(None, "and its width", of=XL)
+    crop_top: int = _option(0, "pixels told to be cut off at the top", of=XL)
+    crop_left: int = _option(0, "and at the left", of=XL)
+    aesthetic_score: float = _option(6.0, "how beautiful the refiner is told that the picture is", of=XL)
+    negative_aesthetic_score: float = _option(2.5, "and how beautiful what it keeps away from", of=XL)
+    refiner_start: float = _option(0.8, "0..1: where the refiner goes on, if there is one", of=XL)
+    denoising_start: float = _option(0.0, "0..1: begin where another model ended, with its latents", of=XL)
+    denoising_end: float = _option(1.0, "0..1: stop so far, for another model to go on", of=XL)
     output_type: str = _option(
         "pil", "pil, pt (tensor [B, 3, H, W] in 0..1), np (array [B, H, W, 3] in 0..1) or latent"
     )
@@ -106,7 +110,7 @@ class Request:
             self._whole(name, 0, LARGEST_SIDE)
         for name in ("aesthetic_score", "negative_aesthetic_score"):
             self._number(name, 0, 10)
-        for name in ("denoising_start", "denoising_end"):
+        for name in ("denoising_start", "denoising_end", "refiner_start"):
             self._number(name, 0, 1)
         if self.denoising_start >= self.denoising_end:
             raise UsageError(

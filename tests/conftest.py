@@ -96,7 +96,7 @@ def quick(monkeypatch, opened) -> Iterator[None]:
             opened[key] = open_folder(path, *options)
         return opened[key]
 
-    monkeypatch.setattr("ldm.pipeline.open_folder", once)
+    monkeypatch.setattr("ldm.sources.open_folder", once)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -30,13 +30,15 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "schedulers",
     ),
     ("models.config", "models.layers", "models.*", "models.presets", "models"),
-    ("checkpoints.safe", "text.tokenizer", "text.*", "text", "checkpoints.components",
-     "checkpoints checkpoints.*", "lora", "images"),
+    ("checkpoints.safe", "checkpoints.load checkpoints.shards checkpoints.pickles", "text.tokenizer", "text.encoder",
+     "text.transformers_text", "safety", "checkpoints.components", "text.*", "text", "checkpoints checkpoints.*",
+     "lora", "images"),
     (
         "request",
         "prompts grid infotext",
         "runtime",
-        "noise conditioning",
+        "noise conditioning sources",
+        "refusals",
         "pipeline",
         "recipe preview",
         "gallery",
@@ -47,14 +49,21 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     ("cli cli.*", "server server.*", "__main__", "<ldm>"),
 )  # fmt: skip
-CODE_LINES = {0: 1400, 1: 900, 2: 2200}  # per floor, without blank lines, comments and docstrings
+CODE_LINES = {0: 1400, 1: 1000, 2: 3000}  # per floor, without blank lines, comments and docstrings
 FILE_LINES, FUNCTION_LINES = 400, 60
 THIRD_PARTY = {0: {"torch", "numpy"}, 1: {"torch"}}  # all that the lower floors may import from outside
-HOMES = {"diffusers": "ldm/interop.py", "accelerate": "ldm/training/*", "transformers": "ldm/text/encoder.py"}
+HOMES = {"diffusers": "ldm/interop.py", "accelerate": "ldm/training/*", "transformers": "ldm/text/transformers_text.py"}
 BANNED_CALLS = {"torch.load", "eval", "exec", "compile", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "os.system"}
 BANNED_IMPORTS = {"pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 BANNED_ARGUMENTS = {"shell", "allow_pickle"}  # ... = anything but False, in a call
-AUDITED: set[tuple[str, str]] = set()  # (file, ban) pairs that were looked at and allowed; a reviewed line each
+AUDITED: set[tuple[str, str]] = {  # (file, ban) pairs that were looked at and allowed; a reviewed line each
+    ("ldm/checkpoints/pickles.py", "torch.load"),  # weights_only, in a child process that may do next to nothing
+    # The user's own word is handed on; what it allows is to ask that child.
+    ("ldm/checkpoints/single_file.py", "allow_pickle"),
+    ("ldm/cli/opening.py", "allow_pickle"),
+    ("ldm/pipeline.py", "allow_pickle"),
+    ("ldm/sources.py", "allow_pickle"),
+}
 
 Sources = dict[str, str]  # path from the root -> text
 
@@ -117,7 +126,8 @@ def floor_faults(sources: Sources) -> Iterator[str]:
             if strange or not fnmatch(path, HOMES.get(top, "*")):
                 yield f"{path}:{line}: imports {top}, which has no place here"
         for node in tree.body:
-            if isinstance(node, ast.Import | ast.ImportFrom) and "transformers" in ast.unparse(node):
+            named = [name.split(".")[0] for name, _, _ in imports(ast.Module([node], []), path)]
+            if isinstance(node, ast.Import | ast.ImportFrom) and "transformers" in named:
                 yield f"{path}:{node.lineno}: transformers may be imported only inside the class that needs it"
     while leaves := [module for module, targets in graph.items() if not targets & graph.keys() - {module}]:
         for leaf in leaves:
@@ -203,7 +213,7 @@ VIOLATIONS = {
     "diffusers": (floor_faults, {"ldm/pipeline.py": "def f():\n    import diffusers.utils"}),
     "accelerate": (floor_faults, {"ldm/data/emoji.py": "from accelerate import Accelerator"}),
     "transformers": (floor_faults, {"ldm/pipeline.py": "def f():\n    import transformers"}),
-    "transformers at once": (floor_faults, {"ldm/text/encoder.py": "from transformers import T5EncoderModel"}),
+    "transformers at once": (floor_faults, {"ldm/text/transformers_text.py": "from transformers import T5Config"}),
     "long file": (budget_faults, {"ldm/errors.py": "\n" * 401}),
     "long function": (budget_faults, {"ldm/errors.py": body(61)}),
     "full floor": (budget_faults, {f"ldm/models/{c}.py": body(60) * 6 for c in ("unet", "vae", "clip")}),
@@ -232,7 +242,7 @@ def test_what_is_allowed_passes():
         "ldm/pipeline.py": "from ldm import __version__\nfrom ldm.models import vae\nmodel.eval()\nre.compile('')",
         "ldm/models/vae.py": f'"""{"words" * 30}\n{"more" * 30}\n"""\nimport torch\nimport math\nfrom .layers import a',
         "ldm/models/layers.py": "",
-        "ldm/text/encoder.py": "class T5:\n    def load(self):\n        import transformers",
+        "ldm/text/transformers_text.py": "class T5:\n    def load(self):\n        import transformers",
     }
     assert [*floor_faults(sources), *budget_faults(sources), *banned_faults(sources)] == []
 

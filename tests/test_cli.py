@@ -50,7 +50,8 @@ def test_flags_are_the_fields_of_request():
         assert field.name == "prompt" or found.opts == [f"-{flag}" if len(flag) == 1 else f"--{flag}"]
     own = {"output", "overwrite", "size", "prompts_file", "matrix", "wildcards", "literal", "picture", "config"}
     own |= {"settings", "model", "device", "dtype", "strip", "gif", "preview", "no_metadata", "as_json", "dry_run"}
-    own |= {"quiet", "verbose"}
+    own |= {"quiet", "verbose", "vae", "refiner", "embedding", "variant", "revision", "allow_pickle"}
+    own |= {"no_safety_checker"}
     assert parameters.keys() - {"help"} == own | {field.name for field in fields(Request)} - {*NOT_HERE}
 
 
@@ -225,7 +226,7 @@ def test_output_is_a_folder_with_a_suffix(run, model, tmp_path):
 
 def test_model_that_is_missing_or_incomplete(run, model, tmp_path):
     """A failure, not a misuse: exit code 1; what is missing is named."""
-    refused(run("generate", "a", "--model", "nowhere"), 1, "no model folder nowhere", "model_index.json")
+    refused(run("generate", "a", "--model", "nowhere"), 1, "no model folder 'nowhere'", "owner/name")
     (tmp_path / "empty").mkdir()
     refused(run("generate", "a", "--model", "empty"), 1, "empty is no model folder")
     partly = tmp_path / "partly"
@@ -399,7 +400,7 @@ def test_places(tmp_path, monkeypatch):
 
 def test_ctrl_c_keeps_what_is_finished(run, model, monkeypatch, tmp_path):
     """Exit code 130; the pictures drawn so far are whole, and the seed to go on with is said."""
-    decode, calls = Pipeline.pictures, []
+    decode, calls = Pipeline.shown, []
 
     def interrupted(self: Pipeline, *arguments: Any) -> Any:
         calls.append(1)
@@ -407,7 +408,7 @@ def test_ctrl_c_keeps_what_is_finished(run, model, monkeypatch, tmp_path):
             raise KeyboardInterrupt
         return decode(self, *arguments)
 
-    monkeypatch.setattr(Pipeline, "pictures", interrupted)
+    monkeypatch.setattr(Pipeline, "shown", interrupted)
     done = run("generate", "an owl", "-n", "4", "--seed", "7", "--model", model, "-o", "out/")
     assert (done.code, done.out) == (130, "out/an-owl-7.png\nout/an-owl-8.png\n")
     assert "2 of 4 pictures" in done.err and "seed is 9" in done.err and "Traceback" not in done.err

@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -104,10 +105,10 @@ def place(run, tmp_path, monkeypatch, model) -> Iterator[Path]:
     """An empty folder with configs and weights in it, where a small model is the model in the box."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "weights").symlink_to(model)
-    monkeypatch.setattr("ldm.pipeline.model_in_the_box", lambda: model)
+    monkeypatch.setattr("ldm.sources.model_in_the_box", lambda: model)
     monkeypatch.setattr("ldm.evaluation.alignment.first_stage_psnr", lambda *_: 12.5)
     monkeypatch.setattr("ldm.training.loop.plot", lambda *_: None)
-    monkeypatch.setattr("ldm.pipeline.open_folder", cache(open_folder))  # nothing writes to a model that is open
+    monkeypatch.setattr("ldm.sources.open_folder", cache(open_folder))  # nothing writes to a model that is open
     for name, value in BESIDE_STEPS.items():
         monkeypatch.setattr(name, value)
     threads = torch.get_num_threads()
@@ -195,7 +196,7 @@ def test_example(name, place, run, monkeypatch, capsys, request):
     (place / "jobs.jsonl").write_text(script.get("JOBS", ""))
     words, (quick, left) = shlex.split(lines[0])[2:], SHORT[name]
     if "DENOISER" in script:
-        script["DENOISER"] |= {"latents": 16, "num_inference_steps": 1}
+        script["DENOISER"] |= {"latents": 32, "num_inference_steps": 1}
     script["main"]([*words, *quick])
     assert sorted(path.name for path in Path(words[0]).iterdir()) == left
     said = capsys.readouterr().out
@@ -293,11 +294,13 @@ def test_the_parameters_shown_are_those_written():
 
 
 def test_pictures_are_drawn_and_small(place, monkeypatch):
-    """docs/pictures.py draws what the pages show, and all of it is under 400 kB."""
+    """docs/pictures.py draws what the pages show, beside the screens, and all of it is under 500 kB."""
     script = runpy.run_path(str(DOCS / "pictures.py"))
     there = sorted((DOCS / "pictures").iterdir())
-    assert [path.stem for path in there] == sorted(script["PICTURES"])
-    assert sum(path.stat().st_size for path in there) < 400_000
+    screens = {path.stem for path in there if path.stem.startswith("screen-")}
+    assert {path.stem for path in there} - screens == {*script["PICTURES"]}
+    assert screens == {f"screen-{name}" for name in ("help", "run", "error", "preview", "gallery")}
+    assert sum(path.stat().st_size for path in there) < 500_000
     for path in there:
         assert any(f"](pictures/{path.name})" in text for text in PAGES.values()), path.name
     script["main"].__globals__["HERE"] = place / "drawn"
@@ -305,6 +308,24 @@ def test_pictures_are_drawn_and_small(place, monkeypatch):
     for path in (place / "drawn").iterdir():
         with Image.open(path) as image:
             assert image.mode == "P" and image.width > image.height
+
+
+def test_screens_are_taken(tmp_path):
+    """docs/screens.py runs the command in a terminal and draws what stands there, to the edges of the cells."""
+    pytest.importorskip("pyte", reason="pyte is not installed: pip install 'ldm-toolkit[docs]'")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'ldm-toolkit[train]'")
+    script = runpy.run_path(str(DOCS / "screens.py"))
+    screen = script["shown"](script["SCREENS"]["error"], tmp_path)
+    said = "".join(line.ljust(screen.columns) for line in screen.display)
+    assert said.count("error: ") == 3 and "did you mean 'euler'?" in said and "did you mean 'verify'?" in said
+    screen.reset()
+    screen.draw("\u2588\u2580")
+    pixels = np.asarray(script["drawn"](screen))[script["MARGIN"] : -script["MARGIN"], script["MARGIN"] :]
+    ink = (pixels == pixels[0, 0]).all(axis=2)
+    width = ink[0].sum() // 2
+    assert (
+        ink[:, :width].all() and ink[: len(ink) // 2, : 2 * width].all() and not ink[len(ink) // 2 + 1 :, width:].any()
+    )
 
 
 def test_the_site_has_every_page():

@@ -36,6 +36,7 @@ SAMPLE: dict[str, Any] = {  # another value than the default for every field
     "guidance_rescale": 0.5, "height": 64, "width": 32, "scheduler": "euler_a", "eta": 0.25, "clip_skip": 1,
     "original_height": 128, "original_width": 96, "crop_top": 4, "crop_left": 2, "aesthetic_score": 7.5,
     "negative_aesthetic_score": 1.5, "denoising_start": 0.25, "denoising_end": 0.75,
+    "refiner_start": 0.5,
 }  # fmt: skip
 
 
@@ -222,7 +223,7 @@ def test_configurations_that_are_wrong(run, model, tmp_path, text, words, said):
 def test_a_configuration_alone_draws(run, model):
     """Everything may stand in the file, the model and the place too."""
     known = {"prompt": "an owl", "seed": 7, "model": str(model), "device": "cpu", "dtype": "fp32", "output": "x/a.webp"}
-    assert known.keys() > {*BESIDE}
+    assert known.keys() > {*BESIDE} - {"vae", "refiner", "variant", "revision"}
     Path("a.yaml").write_text(yaml.safe_dump(known))
     assert config_fields(Path("a.yaml"), []) == known
     assert run("generate", "--config", "a.yaml") == Done(0, "x/a.webp\n", "seed 7\n")
@@ -301,7 +302,7 @@ def test_json_is_all_there_is_on_stdout(draw):
     done = draw("an owl", "a pizza", *words)
     rows = [json.loads(line) for line in done.out.splitlines()]
     assert told(rows, "path", "index", "gif") == [("0.png", 0, "0.gif"), ("1.png", 1, "1.gif")]
-    assert all(row.keys() == {"path", "index", "seconds", "gif", "request", "components"} for row in rows)
+    assert all(row.keys() == {"path", "index", "seconds", "flagged", "gif", "request", "components"} for row in rows)
     for row in rows:
         recipe = json.loads(texts_in(row["path"])["ldm"])
         assert (row["request"], row["components"]) == (recipe["request"], recipe["components"])

@@ -2,18 +2,22 @@
 guided runs are those of diffusers' own pipelines.
 """
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 import transformers
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from torch import Tensor
 
 from ldm.errors import UsageError
 from ldm.pipeline import Pipeline
+from ldm.request import Request
 from ldm.text.tokenizer import CLIPTokenizer
 
 CAPTIONS = ["a photo of a red owl on a blue background", "two tacos above a green banana", "ugly blurred text"] * 3
@@ -181,6 +185,15 @@ def test_base_hands_over_to_refiner(stock):
         PROMPTS[0], latents=ours.latents, denoising_start=0.7, negative_prompt=NEGATIVE, **options, **size, seed=9
     )
     assert near(done.latents, whole)
+    both = Pipeline(first.components, refiner=second)
+    asked = {"refiner_start": 0.7, "negative_prompt": NEGATIVE, **options, **size, "seed": 7}
+    once = both(PROMPTS[0], **asked)
+    by_hand = second(PROMPTS[0], denoising_start=0.7, latents=first(PROMPTS[0], **asked, denoising_end=0.7).latents,
+                     **asked)  # fmt: skip
+    assert torch.equal(once.latents, by_hand.latents)
+    steps = list(both.sample(both.resolve(Request(PROMPTS[0], **asked))))
+    assert [step.index for step in steps] == list(range(10))
+    assert torch.equal(first(PROMPTS[0], **asked).latents, both(PROMPTS[0], **asked | {"refiner_start": 1.0}).latents)
     scored = second(PROMPTS[0], latents=ours.latents, denoising_start=0.7, negative_prompt=NEGATIVE, **options, **size,
                     seed=9, aesthetic_score=9.0)  # fmt: skip
     assert not near(scored.latents, whole)
@@ -209,3 +222,46 @@ def test_folders_come_back(stock, family, tmp_path):
         assert pipe.config.get(flag) == again.config.get(flag)
     configs = ({k: v for k, v in p.scheduler.config.items() if not k.startswith("_")} for p in (pipe, again))
     assert next(configs) == next(configs)
+
+
+def test_the_safety_checker_is_honoured(stock, tmp_path):
+    """diffusers' verdicts and its black pictures; no entry of a folder switches it off, its user may."""
+    pipe, _ = stock["sd1"]
+    torch.manual_seed(0)
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+              "image_size": 24, "patch_size": 8}  # fmt: skip
+    checker = StableDiffusionSafetyChecker(transformers.CLIPConfig(vision_config=vision, projection_dim=16)).eval()
+    side = {"height": 24, "width": 24}
+    extractor = transformers.CLIPImageProcessor(size={"shortest_edge": 24}, crop_size=side)
+    parts = {
+        name: part for name, part in pipe.components.items() if name not in ("safety_checker", "feature_extractor")
+    }
+    options = {"num_inference_steps": 2, "guidance_scale": 6.0, "height": SIDE, "width": SIDE}
+    clean = pipe(PROMPTS * 2, **options, generator=noise(1, 2, 3, 4)).images
+    pixels = [extractor(image, return_tensors="pt").pixel_values for image in clean]
+    with torch.no_grad():
+        vectors = torch.cat([checker.visual_projection(checker.vision_model(one)[1]) for one in pixels])
+        checker.concept_embeds.normal_()
+        near = torch.nn.functional.cosine_similarity(vectors[:, None], checker.concept_embeds[None], dim=-1)
+        checker.concept_embeds_weights.fill_(2.0)
+        checker.concept_embeds_weights[0] = near[:, 0].sort().values[1:3].mean()  # two of the four are above
+        checker.special_care_embeds_weights.fill_(2.0)
+    checked = diffusers.StableDiffusionPipeline(**parts, safety_checker=checker, feature_extractor=extractor)
+    checked.set_progress_bar_config(disable=True)
+    checked.save_pretrained(tmp_path / "model")
+    index = json.loads((tmp_path / "model/model_index.json").read_text())
+    (tmp_path / "model/model_index.json").write_text(json.dumps(index | {"requires_safety_checker": False}))
+    expected = checked(PROMPTS * 2, **options, generator=noise(1, 2, 3, 4))
+    ours = Pipeline.from_pretrained(tmp_path / "model", device="cpu")
+    drawn = ours(PROMPTS * 2, **options, seed=1)
+    assert list(drawn.flagged) == expected.nsfw_content_detected and sum(drawn.flagged) == 2
+    for picture, flag, plain in zip(drawn.images, drawn.flagged, clean, strict=True):
+        difference = np.abs(np.asarray(picture, int) - (0 if flag else np.asarray(plain, int)))
+        assert difference.max() <= 1
+    free = Pipeline.from_pretrained(tmp_path / "model", device="cpu", safety_checker=False)
+    assert free(PROMPTS[0], **options, seed=1).flagged == ()
+    ours.save_pretrained(tmp_path / "again", dtype="fp32")
+    again = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "again", use_safetensors=True)
+    again.set_progress_bar_config(disable=True)
+    verdicts = again(PROMPTS * 2, **options, generator=noise(1, 2, 3, 4)).nsfw_content_detected
+    assert verdicts == expected.nsfw_content_detected

@@ -21,8 +21,10 @@ import torch
 from helpers import Done, files, pixels, refused, told
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from singles import model_of, single_state, small_family, write
 from typer.main import get_command
 
+from ldm.checkpoints.families import FAMILIES
 from ldm.cli import app
 from ldm.errors import UsageError
 from ldm.noise import slerp
@@ -359,7 +361,7 @@ def test_doctor(run, model, monkeypatch, tmp_path):
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    monkeypatch.setattr("ldm.pipeline.model_in_the_box", lambda: tmp_path / "net")
+    monkeypatch.setattr("ldm.sources.model_in_the_box", lambda: tmp_path / "net")
     done = run("doctor")
     (fault,) = [line for line in done.out.splitlines() if line.startswith("FAULT")]
     assert done.code == 1 and f"vae/{path.name} is changed" in fault
@@ -424,7 +426,7 @@ HOURS = ("train", "eval")  # shorter runs of these have tests of their own
 @pytest.mark.parametrize("page", [page for page in PAGES if page[:1] not in [(name,) for name in HOURS]], ids=" ".join)
 def test_the_examples_of_the_help_are_run(run, model, monkeypatch, request, page):
     """Line by line as they stand, in a folder with the files they name, with a small model for the one in the box."""
-    monkeypatch.setattr("ldm.pipeline.model_in_the_box", lambda: model)
+    monkeypatch.setattr("ldm.sources.model_in_the_box", lambda: model)
     monkeypatch.setattr("ldm.runtime.available_bytes", lambda device: 4 << 30)
     if page[:1] == ("data",):
         request.getfixturevalue("noto_font")
@@ -433,11 +435,18 @@ def test_the_examples_of_the_help_are_run(run, model, monkeypatch, request, page
         Path(link).symlink_to(model)
     Path("prompts.txt").write_text("an owl\na pizza\n")
     lora(Path("lora.safetensors"))
+    if page[:1] in (("convert",), ("info",)):  # a checkpoint in one file, narrow, with the names of real ones
+        family = small_family("sd1")
+        monkeypatch.setitem(FAMILIES, "sd1", family)
+        write(Path("model.safetensors"), single_state("sd1", model_of(family, 4)))
+        torch.save({"state_dict": load_file("model.safetensors")}, "model.ckpt")
     assert run("generate", "an owl", "--seed", "7").out == "out/an-owl-7.png\n"
     shutil.copy("out/an-owl-7.png", "owl.png")
     lines = [line.removeprefix("$ ").replace(r"\[", "[") for line in PAGES[page].epilog.split("\n\n")[1:]]
     for line in lines:
         words = shlex.split(line)[1:]
+        for place in (Path(words[2]),) if words[0] == "convert" else ():  # each line by itself
+            shutil.rmtree(place, ignore_errors=True) if place.is_dir() else place.unlink(missing_ok=True)
         before = set(Path().rglob("*"))
         done = run(*words)
         if "cuda" in words and not torch.cuda.is_available():

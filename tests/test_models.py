@@ -219,7 +219,7 @@ def test_one_number_for_all_levels():
 REFUSED = [
     (UNetConfig, "class_embed_type", "timestep"),
     (UNetConfig, "resnet_time_scale_shift", "scale_shift"),
-    (UNetConfig, "only_cross_attention", [True, True, True, False]),
+    (UNetConfig, "class_embeddings_concat", True),
     (UNetConfig, "up_block_types", ["UpBlock2D"] * 4),
     (UNetConfig, "addition_embed_type", "image"),
     (UNetConfig, "num_attention_heads", 8),

@@ -23,9 +23,10 @@ from ldm.models.clip import CLIPTextConfig, CLIPTextModel
 from ldm.models.unet import CROSS, UNet, UNetConfig
 from ldm.models.vae import AutoencoderKL, VAEConfig
 from ldm.noise import Noise, generators
-from ldm.pipeline import Pipeline, model_in_the_box
+from ldm.pipeline import Pipeline
 from ldm.request import Request, make_request
 from ldm.runtime import resolve_device, resolve_dtype
+from ldm.sources import model_in_the_box
 from ldm.text.tokenizer import CLIPTokenizer
 
 # numpy 2 and torch's tensors, in several schedulers of diffusers

@@ -144,7 +144,7 @@ def test_verify_names_the_component_that_changed(run, worded, name):
 def test_a_configuration_decides_as_weights_do(run, worded, monkeypatch, file, key, value, said):
     """One value of a config.json another: verify names the component, and drawing again without --model refuses."""
     shutil.copytree(worded, "net")
-    monkeypatch.setattr("ldm.pipeline.model_in_the_box", lambda: Path("net"))
+    monkeypatch.setattr("ldm.sources.model_in_the_box", lambda: Path("net"))
     assert run("generate", "an owl", "--seed", "7", "-o", "a.png").code == 0
     config = json.loads((Path("net") / file).read_text())
     (Path("net") / file).write_text(json.dumps(config | {key: value}))
@@ -168,11 +168,11 @@ def test_verify_goes_by_what_a_file_is(run, draw, model):
 
 def test_a_recipe_of_another_model(run, worded, model, monkeypatch, tmp_path):
     """Refused with the hashes where none is named; with --model it draws with that, and in another type too."""
-    monkeypatch.setattr("ldm.pipeline.model_in_the_box", lambda: worded)
+    monkeypatch.setattr("ldm.sources.model_in_the_box", lambda: worded)
     assert run("generate", "an owl", "--seed", "7", "-o", "a.png").code == 0
     then = json.loads(texts_in("a.png")["ldm"])["components"]["text_encoder"][:10]  # first to differ
     assert run("generate", "--from", "a.png", "--dtype", "bf16", "-o", "half.png").code == 0
-    monkeypatch.setattr("ldm.pipeline.model_in_the_box", lambda: model)
+    monkeypatch.setattr("ldm.sources.model_in_the_box", lambda: model)
     refused(run("generate", "--from", "a.png", "-o", "b.png"), 1, "another model", "in the box", then, "--model")
     assert files(tmp_path) == ["a.png", "half.png"]
     assert run("generate", "--from", "a.png", "--model", model, "-o", "b.png").code == 0

@@ -11,34 +11,47 @@ from torch import nn
 
 from ldm.errors import ModelError
 from ldm.models.clip import CLIPTextConfig, CLIPTextModel
+from ldm.models.safety import SafetyChecker, SafetyConfig
+from ldm.models.tiny_vae import AutoencoderTiny, TinyVAEConfig
 from ldm.models.unet import UNet, UNetConfig
 from ldm.models.vae import AutoencoderKL, VAEConfig
 from ldm.text.tokenizer import CLIPTokenizer
+from ldm.text.transformers_text import KINDS, TransformersText
 
 Json = dict[str, Any]
 
 
 class Part(NamedTuple):
-    """A class of network: the library it is of in model_index.json, its weights file's stem, how it is built."""
+    """A class of network: the library it is of in model_index.json, its weights file's stem, how it is built (None:
+    with its tokenizer, by TransformersText).
+    """
 
     library: str
     stem: str
-    build: Callable[[Mapping[str, object]], nn.Module]
+    build: Callable[[Mapping[str, object]], nn.Module] | None = None
 
 
 DIFFUSION, MODEL = "diffusion_pytorch_model", "model"
 CLASSES: dict[str, Part] = {  # name in model_index.json -> our network of that class
     "UNet2DConditionModel": Part("diffusers", DIFFUSION, lambda c: UNet(UNetConfig.from_dict(c))),
     "AutoencoderKL": Part("diffusers", DIFFUSION, lambda c: AutoencoderKL(VAEConfig.from_dict(c))),
+    "AutoencoderTiny": Part("diffusers", DIFFUSION, lambda c: AutoencoderTiny(TinyVAEConfig.from_dict(c))),
     "CLIPTextModel": Part("transformers", MODEL, lambda c: CLIPTextModel(CLIPTextConfig.from_dict(c))),
     "CLIPTextModelWithProjection": Part("transformers", MODEL, lambda c: CLIPTextModel(CLIPTextConfig.from_dict(c))),
+    "StableDiffusionSafetyChecker": Part("stable_diffusion", MODEL, lambda c: SafetyChecker(SafetyConfig.from_dict(c))),
 }
+CLASSES |= dict.fromkeys(KINDS, Part("transformers", MODEL))
 NETWORKS: dict[str, tuple[str, ...]] = {  # folder of a component -> the classes it may be of, the usual one first
     "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL",),
-    "text_encoder": ("CLIPTextModel",),
+    "vae": ("AutoencoderKL", "AutoencoderTiny"),
+    "text_encoder": ("CLIPTextModel", *KINDS),
     "text_encoder_2": ("CLIPTextModelWithProjection",),
+    "safety_checker": ("StableDiffusionSafetyChecker",),
 }
+TOKENIZER_CLASSES = {  # class of a text encoder -> classes of its tokenizer, the one that is written first
+    "CLIPTextModel": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "CLIPTextModelWithProjection": ("CLIPTokenizer", "CLIPTokenizerFast"),
+} | {name: (kind.tokenizer, f"{kind.tokenizer}Fast") for name, kind in KINDS.items()}
 TOKENIZERS = {"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"}  # folder -> whose words they are
 FLAGS = ("force_zeros_for_empty_prompt", "requires_aesthetics_score")
 """What model_index.json may switch: SDXL's negative prompt of zeros, and its refiner's aesthetic score."""
@@ -59,15 +72,16 @@ PIPELINES = {  # (is it SDXL, task) -> diffusers' pipeline, the one that is writ
 class Components:
     """The parts of a latent diffusion model, under diffusers' names; those that a family has not are None.
 
-    text_encoder: None only in SDXL's refiner. text_encoder_2, tokenizer_2: SDXL's. scheduler_config:
-    scheduler_config.json as it stands; low_res_scheduler_config: the x4-upscaler's other one. generation: the request
-    fields (those of folder.DEFAULTS) that suit the model. flags: those of FLAGS that are set. notes: what the user
-    should hear about how the model was opened, each said once. name: what to call it; no path.
+    text_encoder: None only in SDXL's refiner; one of transformers' has its tokenizer with it. text_encoder_2,
+    tokenizer_2: SDXL's. scheduler_config: scheduler_config.json as it stands; low_res_scheduler_config: the
+    x4-upscaler's other one. generation: the request fields (those of folder.DEFAULTS) that suit the model. flags: those
+    of FLAGS that are set. notes: what the user should hear about how the model was opened, each said once. name: what
+    to call it; no path.
     """
 
     unet: UNet
-    vae: AutoencoderKL
-    text_encoder: CLIPTextModel | None
+    vae: AutoencoderKL | AutoencoderTiny
+    text_encoder: CLIPTextModel | TransformersText | None
     tokenizer: CLIPTokenizer | None
     scheduler_config: Json
     generation: Json = field(default_factory=dict)
@@ -75,6 +89,7 @@ class Components:
     name: str = "unnamed"
     text_encoder_2: CLIPTextModel | None = None
     tokenizer_2: CLIPTokenizer | None = None
+    safety_checker: SafetyChecker | None = None
     flags: dict[str, bool] = field(default_factory=dict)
     low_res_scheduler_config: Json = field(default_factory=dict)
 
@@ -117,8 +132,12 @@ def class_of(network: nn.Module) -> str:
 
 
 def build(class_name: str, config: Mapping[str, object]) -> nn.Module:
-    """A network of CLASSES from its config.json. ModelError: a configuration that is not ours to compute."""
-    return CLASSES[class_name].build(config)
+    """A network of CLASSES, but for those of transformers, from its config.json. ModelError: a configuration that is
+    not ours to compute.
+    """
+    maker = CLASSES[class_name].build
+    assert maker, class_name
+    return maker(config)
 
 
 def check_fit(c: Components, where: str) -> None:
@@ -141,7 +160,7 @@ def check_fit(c: Components, where: str) -> None:
         rows.append((f"{name} size", len(tokenizer), f"{TOKENIZERS[name]} vocab_size", size, operator.le))
     if unet.projection_class_embeddings_input_dim:
         sizes = 5 if c.flags.get("requires_aesthetics_score") else 6
-        known = encoders[-1].projection_dim + sizes * unet.addition_time_embed_dim
+        known = getattr(encoders[-1], "projection_dim", 0) + sizes * unet.addition_time_embed_dim
         rows.append(("unet projection_class_embeddings_input_dim", unet.projection_class_embeddings_input_dim,
                      "pooled text and sizes", known, operator.eq))  # fmt: skip
     wrong = [f"{left} {a} and {right} {b}" for left, a, right, b, fits in rows if not fits(a, b)]

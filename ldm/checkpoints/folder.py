@@ -6,6 +6,7 @@ Names in the files are looked up in the tables below and never imported. What is
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 from ldm.checkpoints.components import (
     CLASSES,
     FLAGS,
+    MODEL,
     NETWORKS,
     PIPELINES,
+    TOKENIZER_CLASSES,
     TOKENIZERS,
     Components,
     Json,
@@ -24,16 +27,15 @@ from ldm.checkpoints.components import (
     check_fit,
     class_of,
 )
-from ldm.checkpoints.safe import (
-    atomic_folder,
-    atomic_json,
-    atomic_save_safetensors,
-    load_into,
-    read_json,
-    write_manifest,
-)
+from ldm.checkpoints.load import Bare, load_into
+from ldm.checkpoints.pickles import as_safetensors, refuse_pickle
+from ldm.checkpoints.safe import atomic_folder, atomic_json, read_json, write_manifest
+from ldm.checkpoints.shards import choose_file, read_index, save_sharded
 from ldm.errors import ModelError, NumericalError, UsageError
+from ldm.models.clip import CLIPTextModel
+from ldm.safety import check_preprocessor, preprocessor
 from ldm.text.tokenizer import CLIPTokenizer
+from ldm.text.transformers_text import KINDS, TransformersText
 
 SUPPORTED = {name for names in PIPELINES.values() for name in names}
 SUPPORTED_SAID = "StableDiffusionPipeline, StableDiffusionXLPipeline and their kin"
@@ -46,13 +48,16 @@ STRANGERS = {  # the beginning of a pipeline's class -> what that model is
     "StableCascade": "Stable Cascade",
     "QwenImage": "Qwen-Image",
 }
-TOKENIZER_CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast")
-UNUSED = ("safety_checker", "feature_extractor", "image_encoder", "watermarker")  # diffusers' own, not loaded
+VOCABULARIES = ("tokenizer.json", "vocab.json", *(kind.vocabulary for kind in KINDS.values()))
+UNUSED = ("image_encoder", "watermarker")  # diffusers' own, not loaded
+READ_ELSEWHERE = ("scheduler", "low_res_scheduler", "feature_extractor")  # by their files; their class says no more
 INDEX, SCHEDULER, GENERATION = "model_index.json", "scheduler/scheduler_config.json", "generation_config.json"
 LOW_RES = "low_res_scheduler/scheduler_config.json"
 DEFAULTS = ("num_inference_steps", "guidance_scale", "height", "width", "scheduler")
 WRITTEN_FOR = "0.42.1"  # the version of diffusers whose form this is
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+PICKLED_STEMS = {MODEL: "pytorch_model"}  # where transformers calls a pickled file otherwise
+PREPROCESSOR = "feature_extractor/preprocessor_config.json"
 CONTENTS = (
     f"a model folder holds {INDEX}, {SCHEDULER}, tokenizer/ with tokenizer.json or vocab.json and merges.txt, "
     f"and config.json with *.safetensors in unet/, vae/, text_encoder/"
@@ -64,11 +69,14 @@ def open_folder(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     variant: str | None = None,
+    allow_pickle: bool = False,
+    safety_checker: bool = True,
 ) -> Components:
     """Opens a model folder; networks come in eval mode.
 
     dtype: of the weights; None keeps the files'. variant: "fp16" takes `*.fp16.safetensors`; where the one asked for is
-    absent, what is there is taken, and a note says so. ModelError when the folder is missing or incomplete, names a
+    absent, what is there is taken, and a note says so. allow_pickle: take `*.bin` where there is nothing else.
+    safety_checker: open the model's own, if it has one. ModelError when the folder is missing or incomplete, names a
     component we do not have, or holds parts that do not fit each other.
     """
     path = Path(path)
@@ -78,36 +86,23 @@ def open_folder(
         raise ModelError(f"{path} is no model folder: it has no {INDEX}; {CONTENTS}")
     index = read_json(path / INDEX)
     classes, notes = _parts_of(index, path / INDEX)
-    weights, absent, taken = {}, [], {}
-    for name in [name for name in NETWORKS if name in classes]:
-        absent += [] if (path / name / "config.json").is_file() else [f"{name}/config.json"]
-        stem = CLASSES[classes[name]].stem
-        found = find_weights(path / name, stem, variant)
-        absent += [] if found else [f"{name}/{stem}.safetensors"]
-        if found:
-            weights[name], taken[name] = found
-    for name in [name for name in TOKENIZERS if name in classes]:
-        known = any((path / name / file).is_file() for file in ("tokenizer.json", "vocab.json"))
-        absent += [] if known else [f"{name}/"]
-    absent += [] if (path / SCHEDULER).is_file() else [SCHEDULER]
-    if absent:
-        raise ModelError(f"{path} is incomplete: it has no {', '.join(absent)}; {CONTENTS}")
-    parts: dict[str, Any] = {}
-    for name, files in weights.items():
-        with torch.device("meta"):
-            parts[name] = build(classes[name], read_json(path / name / "config.json"))
-        load_into(parts[name], files, dtype, device)
-        parts[name].eval()
+    if not safety_checker:
+        classes.pop("safety_checker", None)
+    files = _files_of(path, classes, variant, allow_pickle)
+    parts = {name: _network(path / name, classes[name], files[name][0], dtype, device) for name in files}
     for name in [name for name in TOKENIZERS if name in classes]:
         if TOKENIZERS[name] not in parts:
             raise ModelError(f"{path} has {name}/ and no {TOKENIZERS[name]}/; {CONTENTS}")
-        window = parts[TOKENIZERS[name]].config.max_position_embeddings
-        parts[name] = CLIPTokenizer.from_folder(path / name, window)
+        encoder = parts[TOKENIZERS[name]]
+        if isinstance(encoder, CLIPTextModel):  # others have theirs
+            parts[name] = _words(path / name, encoder.config.max_position_embeddings)
+    if "safety_checker" in parts and (path / PREPROCESSOR).is_file():
+        check_preprocessor(read_json(path / PREPROCESSOR), parts["safety_checker"].config.vision.image_size)
     components = Components(
         **{"text_encoder": None, "tokenizer": None} | parts,
         scheduler_config=read_json(path / SCHEDULER),
-        generation=_generation(read_json(path / GENERATION)) if (path / GENERATION).is_file() else {},
-        notes=(*notes, *_variants(variant, taken)),
+        generation=_generation(read_json(path / GENERATION), path) if (path / GENERATION).is_file() else {},
+        notes=(*notes, *_variants(variant, {name: taken for name, (_, taken) in files.items()})),
         name="unnamed" if path.resolve() == Path.home() else path.resolve().name,
         flags={name: True for name in FLAGS if index.get(name) is True},
         low_res_scheduler_config=read_json(path / LOW_RES) if (path / LOW_RES).is_file() else {},
@@ -116,17 +111,80 @@ def open_folder(
     return components
 
 
+def _files_of(
+    path: Path, classes: Mapping[str, str], variant: str | None, allow_pickle: bool
+) -> dict[str, tuple[list[Path], str | None]]:
+    """The weights files of every network, and the variant they are. ModelError names all that the folder lacks."""
+    found, absent = {}, []
+    for name in [name for name in NETWORKS if name in classes]:
+        absent += [] if (path / name / "config.json").is_file() else [f"{name}/config.json"]
+        stem = CLASSES[classes[name]].stem
+        files = find_weights(path / name, stem, variant, allow_pickle)
+        absent += [] if files else [f"{name}/{stem}.safetensors"]
+        if files:
+            found[name] = files
+    for name in [name for name in TOKENIZERS if name in classes]:
+        known = any((path / name / file).is_file() for file in VOCABULARIES)
+        absent += [] if known else [f"{name}/"]
+    absent += [] if (path / SCHEDULER).is_file() else [SCHEDULER]
+    if absent:
+        raise ModelError(f"{path} is incomplete: it has no {', '.join(absent)}; {CONTENTS}")
+    return found
+
+
+def _network(
+    folder: Path, class_name: str, files: list[Path], dtype: torch.dtype | None, device: str | torch.device
+) -> Any:
+    """A network with the weights of these files, in eval mode."""
+    with ExitStack() as opened:  # what a pickle was converted to is gone afterwards
+        weights = [_readable(file, opened) for file in files]
+        if class_name in KINDS:
+            return TransformersText.from_folder(folder, folder.parent / "tokenizer", dtype, device, weights)
+        network = _built(folder / "config.json", class_name)
+        load_into(network, weights, dtype, device)
+    return network.eval()
+
+
+def _words(folder: Path, window: int) -> CLIPTokenizer:
+    """The tokenizer of a folder, which every ModelError names."""
+    try:
+        return CLIPTokenizer.from_folder(folder, window)
+    except ModelError as error:
+        raise error if str(folder) in str(error) else ModelError(f"{folder}: {error}") from error
+
+
+def _built(path: Path, class_name: str) -> Any:
+    """The network of a config.json, without numbers. ModelError names the file."""
+    config = read_json(path)
+    try:
+        with Bare():
+            return build(class_name, config)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from None
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"{path} describes no network that can be built ({reason!a}); correct it") from error
+
+
+def _readable(file: Path, opened: ExitStack) -> Path:
+    """The file, or for as long as `opened` what a pickle says as safetensors."""
+    return opened.enter_context(as_safetensors(file)) if file.suffix in PICKLES else file
+
+
 def _parts_of(index: Json, path: Path) -> tuple[dict[str, str], list[str]]:
     """The class of every component that is opened, and notes on what is there and not used. ModelError for a pipeline
     or component class that we do not have, or without the parts that every model has.
     """
     name = index.get("_class_name")
-    if name not in SUPPORTED:
+    if not isinstance(name, str) or name not in SUPPORTED:
         kind = next((what for start, what in STRANGERS.items() if str(name).startswith(start)), None)
-        said = f"a {kind} model ({name})" if kind else f"of a {name!a:.80}"
+        said = f"a {kind} model ({name!a:.80})" if kind else f"of a {name!a:.80}"
         raise ModelError(f"{path} is {said}; supported are Stable Diffusion 1.x, 2.x and SDXL, as {SUPPORTED_SAID}")
     known = {name: (CLASSES[classes[0]].library, classes) for name, classes in NETWORKS.items()}
-    known |= {name: ("transformers", TOKENIZER_CLASSES) for name in TOKENIZERS}
+    for name, encoder in TOKENIZERS.items():
+        entry = index.get(encoder)
+        reads = entry[1] if isinstance(entry, list) and len(entry) == 2 and entry[1] in NETWORKS[encoder] else None
+        known[name] = ("transformers", TOKENIZER_CLASSES[str(reads or NETWORKS[encoder][0])])
     found, notes = {}, []
     for name, entry in index.items():
         if name.startswith("_") or not isinstance(entry, list) or entry == [None, None]:
@@ -134,52 +192,36 @@ def _parts_of(index: Json, path: Path) -> tuple[dict[str, str], list[str]]:
         library, class_name = (*entry, None, None)[:2]
         if name in UNUSED:
             notes.append(f"the model's {name} ({class_name}) is not used")
-        elif name in ("scheduler", "low_res_scheduler") and library == "diffusers":
-            continue  # its class is the business of whoever reads scheduler_config
+        elif name in READ_ELSEWHERE and library in ("diffusers", "transformers"):
+            continue
         elif name not in known or library != known[name][0] or class_name not in known[name][1]:
             rest = f"; use {' or '.join(known[name][1])} of {known[name][0]}" if name in known else ""
             raise ModelError(f"{path}: {name!a:.40} of class {f'{library}.{class_name}'!a:.80} is not supported{rest}")
         else:
             found[name] = str(class_name)
-    encoder = "text_encoder" if "text_encoder" in found or "text_encoder_2" not in found else "text_encoder_2"
-    tokenizer = next(name for name, of in TOKENIZERS.items() if of == encoder)
-    if missing := [name for name in ("unet", "vae", encoder, tokenizer) if name not in found]:
+    first = "text_encoder" if "text_encoder" in found or "text_encoder_2" not in found else "text_encoder_2"
+    tokenizer = next(name for name, of in TOKENIZERS.items() if of == first)
+    if missing := [name for name in ("unet", "vae", first, tokenizer) if name not in found]:
         raise ModelError(f"{path} names no {', '.join(missing)}; {CONTENTS}")
     return found, notes
 
 
-def find_weights(folder: Path, stem: str, variant: str | None) -> tuple[list[Path], str | None] | None:
-    """The safetensors files (shards in order) of a component and the variant they are; None when there are none.
+def find_weights(
+    folder: Path, stem: str, variant: str | None, allow_pickle: bool = False
+) -> tuple[list[Path], str | None] | None:
+    """The weights files (shards in order) of a component and the variant they are; None when there are none.
 
-    The variant asked for comes first, then the plain files, fp16, bf16, then any other. ModelError when shards are
-    missing, the index is damaged, or there are only pickles.
+    The variant asked for comes first, then the plain files, fp16, bf16, then any other; safetensors before pickles.
+    ModelError when shards are missing, the index is damaged, or there are only pickles and they are not allowed.
     """
-    whole = re.compile(rf"{stem}(?:\.(\w+))?\.safetensors", re.ASCII)
-    index = re.compile(rf"{stem}\.safetensors\.index(?:\.(\w+))?\.json", re.ASCII)
     names = sorted(item.name for item in folder.iterdir()) if folder.is_dir() else []
-    variants = {match[1]: name for pattern in (index, whole) for name in names if (match := pattern.fullmatch(name))}
-    if not variants:
-        pickles = [name for name in names if name.endswith(PICKLES)]
-        if pickles:
-            raise ModelError(f"{folder} has only pickled weights ({pickles[0]}), which can run code; take safetensors")
-        return None
-    chosen = next(name for name in (variant, None, "fp16", "bf16", *sorted(filter(None, variants))) if name in variants)
-    file = folder / variants[chosen]
-    return (_shards(file) if file.suffix == ".json" else [file]), chosen
-
-
-def _shards(index: Path) -> list[Path]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        raise ModelError(f"{index} has no weight_map of file names; fetch it again")
-    names = sorted(set(weight_map.values()))
-    for name in names:
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise ModelError(f"{index} names the file {name!a:.80}; shards lie beside their index as *.safetensors")
-    missing = [name for name in names if not (index.parent / name).is_file()]
-    if missing:
-        raise ModelError(f"{index.parent} lacks {len(missing)} of {len(names)} shards, first {missing[0]}; fetch them")
-    return [index.parent / name for name in names]
+    for form, kind in ((stem, "safetensors"), (PICKLED_STEMS.get(stem, stem), "bin"))[: 1 + allow_pickle]:
+        if found := choose_file(names, form, variant, kind):
+            file = folder / found[0]
+            return (read_index(file, kind) if file.suffix == ".json" else [file]), found[1]
+    if pickle := next((name for name in names if name.endswith(PICKLES)), None):
+        raise refuse_pickle(folder / pickle)
+    return None
 
 
 def _variants(asked: str | None, taken: Mapping[str, str | None]) -> list[str]:
@@ -189,26 +231,31 @@ def _variants(asked: str | None, taken: Mapping[str, str | None]) -> list[str]:
     return [f"no {asked or 'plain'} weights of {places[used]}; took the {used or 'plain'} ones" for used in others]
 
 
-def _generation(values: Json) -> Json:
+def _generation(values: Json, folder: Path) -> Json:
     unknown = [name for name in values if name not in DEFAULTS]
     if unknown:
-        raise ModelError(f"{GENERATION} has the field {unknown[0]!a:.60}; known: {', '.join(DEFAULTS)}")
+        raise ModelError(f"{folder / GENERATION} has the field {unknown[0]!a:.60}; known: {', '.join(DEFAULTS)}")
     return values
 
 
 def save_folder(
-    components: Components, path: str | Path, dtype: torch.dtype | None = torch.float16, variant: str | None = None
+    components: Components,
+    path: str | Path,
+    dtype: torch.dtype | None = torch.float16,
+    variant: str | None = None,
+    max_shard_size: int | str = "5GB",
 ) -> None:
     """Writes a model folder, whole or not at all, which stock diffusers' StableDiffusionPipeline opens too.
 
     dtype: of the weights in the files; None keeps theirs. variant: puts it into their names ("fp16": diffusers then
-    wants `variant="fp16"`). Components of a model already at `path` are replaced, other files there (model card,
-    licence) are carried over. UsageError when `path` is a folder of something else; ModelError when parts do not fit;
-    NumericalError when a weight is not finite, or no longer is in `dtype`; LdmError when it cannot be written.
+    wants `variant="fp16"`). max_shard_size: of one weights file, in bytes or as "300MB". Parts of a model already at
+    `path` are replaced, other files there (model card, licence) are carried over. UsageError when `path` is a folder of
+    something else; ModelError when parts do not fit; NumericalError when a weight is not finite, or no longer is in
+    `dtype`; LdmError when it cannot be written.
     """
     path = Path(path)
     check_fit(components, "the model to save")
-    _generation(components.generation)
+    _generation(components.generation, path)
     if variant is not None and not re.fullmatch(r"\w+", variant, re.ASCII):
         raise UsageError(f"variant {variant!r}; it is a word such as fp16")
     if path.is_dir() and any(path.iterdir()) and not (path / INDEX).is_file():
@@ -217,10 +264,15 @@ def save_folder(
         for name, network in components.networks.items():
             (staging / name).mkdir()
             atomic_json(staging / name / "config.json", components.configs[name])
-            file = ".".join(filter(None, (CLASSES[class_of(network)].stem, variant, "safetensors")))
-            atomic_save_safetensors(_finite(network, name, dtype), staging / name / file)
+            stem = CLASSES[class_of(network)].stem
+            save_sharded(_finite(network, name, dtype), staging / name, stem, variant, max_shard_size)
         for name, tokenizer in components.tokenizers.items():
             tokenizer.save(staging / name)
+        if isinstance(components.text_encoder, TransformersText):
+            components.text_encoder.save_tokenizer(staging / "tokenizer")
+        if components.safety_checker:
+            (staging / PREPROCESSOR).parent.mkdir()
+            atomic_json(staging / PREPROCESSOR, preprocessor(components.safety_checker.config.vision.image_size))
         schedulers = {SCHEDULER: components.scheduler_config, LOW_RES: components.low_res_scheduler_config}
         for place, config in schedulers.items():
             if config:
@@ -236,7 +288,7 @@ def save_folder(
 def _index(components: Components) -> Json:
     """model_index.json, with every entry that diffusers' pipeline of this name looks for."""
     optional = ["image_encoder", "feature_extractor"]
-    flags: Json = {"requires_safety_checker": False}
+    flags: Json = {"requires_safety_checker": components.safety_checker is not None}
     if components.is_xl:
         flags = {name: components.flags.get(name, False) for name in FLAGS}
         optional += ["text_encoder", "tokenizer"]
@@ -246,7 +298,10 @@ def _index(components: Components) -> Json:
     index |= {name: [None, None] for name in optional} | flags
     classes = {name: class_of(network) for name, network in components.networks.items()}
     index |= {name: [CLASSES[class_name].library, class_name] for name, class_name in classes.items()}
-    index |= {name: ["transformers", TOKENIZER_CLASSES[0]] for name in components.tokenizers}
+    for name, encoder in TOKENIZERS.items():
+        if encoder in classes:
+            index[name] = ["transformers", TOKENIZER_CLASSES[classes[encoder]][0]]
+    index |= {"feature_extractor": ["transformers", "CLIPImageProcessor"]} if components.safety_checker else {}
     schedulers = {"scheduler": components.scheduler_config, "low_res_scheduler": components.low_res_scheduler_config}
     return index | {name: ["diffusers", config["_class_name"]] for name, config in schedulers.items() if config}
 

@@ -11,20 +11,28 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.errors import LdmError, ModelError
 
-MAX_HEADER, MAX_TENSORS, MAX_RANK, MAX_SIDE, MAX_JSON = 100_000_000, 65_536, 8, 2**31, 64_000_000
-NAME = re.compile(r"[\w.\-/:]{1,512}", re.ASCII)
+MAX_HEADER, MAX_TENSORS, MAX_RANK, MAX_SIDE, MAX_NAME = 32_000_000, 65_536, 8, 2**31, 512
+MAX_JSON, VOCABULARIES = 1_000_000, {"tokenizer.json": 20_000_000, "vocab.json": 8_000_000}  # bytes
+# A header is read entry by entry, not as JSON of any kind, so that its time is linear and none is spent past a fault.
+_TEXT, _S = r'"[^"\\]*+(?:\\.[^"\\]*+)*+"', r"[ \t\r\n]*+"
+_PAIR = rf"{_S}{_TEXT}{_S}:{_S}{_TEXT}{_S}"
+ENTRY = re.compile(rf'{_S}(?!"__metadata__")({_TEXT}){_S}:{_S}({{[^{{}}]{{0,400}}}}){_S}([,}}])', re.DOTALL)
+METADATA = re.compile(
+    rf'{_S}("__metadata__"){_S}:{_S}({{(?:{_PAIR}(?:,{_PAIR}){{0,9999}}+)?+{_S}}}){_S}([,}}])', re.DOTALL
+)
+ANY_NAME = re.compile(rf"{_S}({_TEXT}){_S}:", re.DOTALL)
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -40,17 +48,18 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+CONVERT = "convert it with `ldm convert IN OUT --allow-pickle` if you trust its source, or take safetensors"
 SIGNATURES = (  # what a file that is no safetensors file may be, by its first bytes in lower case
     (b"version https://git-lfs", "a git-lfs pointer, not the weights themselves; run `git lfs pull`"),
     (b"<!doctype", "an HTML page, probably an error page of the server; download the file again"),
     (b"<html", "an HTML page, probably an error page of the server; download the file again"),
-    (b"pk\x03\x04", "a zip archive, probably a pickled PyTorch checkpoint; convert it to safetensors"),
-    (b"\x80\x02", "a pickled PyTorch checkpoint; convert it to safetensors"),
+    (b"pk\x03\x04", f"a zip archive, probably a pickled PyTorch checkpoint; {CONVERT}"),
+    *((bytes([0x80, protocol]), f"a pickled PyTorch checkpoint; {CONVERT}") for protocol in range(1, 6)),
     (b"gguf", "a GGUF file; only safetensors is read"),
+    (b"\x89hdf", "an HDF5 file, probably of Keras; only safetensors is read"),
+    (b"\x1f\x8b", "a gzip archive; unpack it first"),
 )
-ALIASES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-OLD_ATTENTION = re.compile(r"(attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)")
-ATTENTION_WEIGHT = re.compile(r".*attentions\.\d+\.to_(q|k|v|out\.0)\.weight")
+OLD_PICKLE = re.compile(rb"\(?[cdl][\w.]*\n|\(?[\]}]q\0|\(?[dl]p\d")  # protocols 0 and 1 have no signature
 MANIFEST = "manifest.sha256"
 
 
@@ -63,10 +72,6 @@ class Entry(NamedTuple):
     end: int
 
 
-Shape = tuple[int, ...]
-Source = tuple[Path, str, Entry]  # where our key comes from: file, name there, what the header says
-
-
 class Header(NamedTuple):
     """What a safetensors file says of itself."""
 
@@ -75,11 +80,14 @@ class Header(NamedTuple):
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. ModelError when it is missing, over 64 MB, not UTF-8 JSON, or not an object."""
+    """The JSON object in a file. ModelError when it is missing, over 1 MB (vocabularies: more), not UTF-8 JSON, has a
+    NaN or a name twice, or is no object.
+    """
     try:
-        if path.stat().st_size > MAX_JSON:
-            raise ModelError(f"{path} has {path.stat().st_size:,} bytes; a JSON file here has at most {MAX_JSON:,}")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        size, largest = _size(path), VOCABULARIES.get(path.name, MAX_JSON)
+        if size > largest:
+            raise ModelError(f"{path} has {size:,} bytes; such a file has at most {largest:,}; fetch it again")
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_constant, object_pairs_hook=_unique)
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -87,6 +95,21 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ModelError(f"{path} holds a JSON {type(value).__name__}, not an object; fetch it again")
     return value
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file. OSError for what is none: a pipe or a device would block, or never end."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(0, "it is not a regular file")
+    return found.st_size
+
+
+def _constant(name: str) -> float:
+    """What Python's JSON allows beyond JSON: diffusers writes -Infinity in scheduler configs; nobody means NaN."""
+    if name == "NaN":
+        raise ValueError("it holds a NaN")
+    return float(name)
 
 
 def read_header(path: str | Path) -> Header:
@@ -97,12 +120,12 @@ def read_header(path: str | Path) -> Header:
     """
     path = Path(path)
     try:
+        size = _size(path)
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
             start = file.read(512)
             length = int.from_bytes(start[:8], "little")
             if size < 10 or length > MAX_HEADER or start[8:9] != b"{":
-                raise ModelError(f"{path} {_kind(start, size)}")
+                raise ModelError(f"{path} {foreign_kind(start, size)}")
             if 8 + length > size:
                 fault = f"its header ends at byte {8 + length:,} and the file has {size:,} bytes"
                 raise ModelError(f"{path} is truncated: {fault}; fetch it again")
@@ -113,37 +136,78 @@ def read_header(path: str | Path) -> Header:
     try:
         if raw.count(b'"data_offsets"') > MAX_TENSORS:  # before parsing, which takes seconds for millions
             raise ValueError(f"it lists more than {MAX_TENSORS:,} tensors")
-        fields = json.loads(raw, object_pairs_hook=_unique)
-        metadata = fields.pop("__metadata__", {})
-        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-            raise ValueError("__metadata__ is not a table of strings")
-        tensors = {name: _entry(name, field) for name, field in fields.items()}
+        metadata: dict[str, str] | None = None
+        tensors: dict[str, Entry] = {}
+        for name, field in _fields(raw.decode()):
+            if name in tensors or (name == "__metadata__" and metadata is not None):
+                raise ValueError(f"{ascii(name)[:80]} stands twice in it")
+            if name == "__metadata__":
+                metadata = _metadata(field)
+            else:
+                tensors[name] = _entry(name, field)
         _contiguous(tensors, size - 8 - length)
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is damaged: {error}; fetch it again") from error
-    return Header(tensors, metadata)
+    return Header(tensors, metadata or {})
 
 
-def _kind(start: bytes, size: int) -> str:
+def foreign_kind(start: bytes, size: int) -> str:
+    """What a file of `size` bytes is that begins with `start` and is no safetensors file, and what to do about it."""
     if size == 0:
         return "is empty (0 bytes); fetch it again"
     head = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    known = (f"is {what}" for signature, what in SIGNATURES if head.startswith(signature))
-    return next(known, f"is not a safetensors file ({size:,} bytes, no valid header); fetch it again")
+    known = [f"is {what}" for signature, what in SIGNATURES if head.startswith(signature)]
+    known += ["is a tar archive; unpack it first"] if start[257:262] == b"ustar" else []
+    known += [f"is a pickled checkpoint; {CONVERT}"] if OLD_PICKLE.match(start) else []
+    return next(iter(known), f"is not a safetensors file ({size:,} bytes, no valid header); fetch it again")
+
+
+def _fields(text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The entries of a header as they stand, the metadata among them; ValueError where it is no such table."""
+    empty = re.match(rf"{{{_S}}}", text)
+    at, separator = (empty.end(), "") if empty else (1, ",")
+    decode = json.JSONDecoder(object_pairs_hook=_unique).decode
+    while separator == ",":
+        match = ENTRY.match(text, at) or METADATA.match(text, at)
+        if not match:
+            raise ValueError(_break(text, at))
+        name, field, separator = match.groups()
+        yield decode(name) if "\\" in name else name[1:-1], decode(field)
+        at = match.end()
+    if text[at:].strip(" \t\r\n"):
+        raise ValueError("its header goes on behind its end")
+
+
+def _break(text: str, at: int) -> str:
+    """What is wrong with the entry of a header that begins here."""
+    name = ANY_NAME.match(text, at)
+    if not name:
+        return f"its header is no valid JSON at character {at:,}"
+    if name[1] == '"__metadata__"':
+        return "__metadata__ is not a table of at most 10,000 strings"
+    return f"tensor {ascii(name[1][1:-1])[:80]} has other fields than dtype, shape and data_offsets"
+
+
+def _metadata(field: dict[str, Any]) -> dict[str, str]:
+    if not all(isinstance(value, str) for value in field.values()):
+        raise ValueError("__metadata__ is not a table of strings")
+    for text in (*field, *field.values()):
+        text.encode()  # ValueError: half of a surrogate pair, which nobody could print
+    return field
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) < len(pairs):
         [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"{ascii(name)[:80]} stands twice in its header")
+        raise ValueError(f"{ascii(name)[:80]} stands twice in it")
     return table
 
 
 def _entry(name: str, field: object) -> Entry:
     """One header field, checked; ValueError says what is wrong with it."""
-    if not NAME.fullmatch(name):
-        raise ValueError(f"tensor name {ascii(name)[:80]} has characters outside letters, digits and . _ - / :")
+    if not 0 < len(name) <= MAX_NAME or not name.isprintable() or "../" in name:
+        raise ValueError(f"tensor name {ascii(name)[:80]} has characters outside the printable ones, ../, or too many")
     if not isinstance(field, dict) or field.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"tensor {name} has other fields than dtype, shape and data_offsets")
     dtype, shape, offsets = DTYPES.get(str(field["dtype"])), field["shape"], field["data_offsets"]
@@ -151,7 +215,7 @@ def _entry(name: str, field: object) -> Entry:
         raise ValueError(f"tensor {name} has the unknown dtype {ascii(field['dtype'])[:40]}")
     if not _whole_numbers(shape) or len(shape) > MAX_RANK or any(side >= MAX_SIDE for side in shape):
         raise ValueError(f"tensor {name} has the impossible shape {ascii(shape)[:80]}")
-    if not _whole_numbers(offsets) or len(offsets) != 2:
+    if not _whole_numbers(offsets) or len(offsets) != 2 or max(offsets) >= 2**63:
         raise ValueError(f"tensor {name} has the impossible data_offsets {ascii(offsets)[:80]}")
     count = dtype.itemsize
     for side in shape:
@@ -176,74 +240,6 @@ def _contiguous(tensors: Mapping[str, Entry], size: int) -> None:
     if ends[-1] != size:
         what = "truncated" if ends[-1] > size else "followed by foreign bytes"
         raise ValueError(f"{what}, its tensors need {ends[-1]:,} bytes and it has {size:,}")
-
-
-def load_into(
-    model: nn.Module,
-    paths: str | Path | Sequence[Path],
-    dtype: torch.dtype | None = None,
-    device: str | torch.device = "cpu",
-) -> None:
-    """Gives a model built on the meta device the tensors of one safetensors file, or of several (shards).
-
-    Tensors are memory-mapped and cast one at a time, so the file is never in memory twice; dtype None keeps the file's.
-    Spellings of old files are understood: CLIP keys without `text_model.`, the VAE's query / key / value / proj_attn
-    (also as 1x1 convolutions); stray `embeddings.position_ids` are passed over. Every header is validated and every key
-    compared before anything is allocated. ModelError names missing, unexpected and misshapen keys; the model is then
-    left as it was.
-    """
-    files = [Path(paths)] if isinstance(paths, (str, Path)) else list(paths)
-    wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    found: dict[str, Source] = {}
-    unexpected = []
-    for path in files:
-        for name, entry in read_header(path).tensors.items():
-            key = _our_key(name, wanted)
-            if key in found:
-                raise ModelError(f"{name} and {found[key][1]} are the same weights twice in {_listed(files)}; keep one")
-            if key in wanted:
-                found[key] = (path, name, entry)
-            elif not name.endswith("embeddings.position_ids"):
-                unexpected.append(name)
-    _complete(wanted, found, unexpected, _listed(files))
-    state: dict[str, Tensor] = {}
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                for key, (source, name, _) in found.items():
-                    if source == path:
-                        state[key] = file.get_tensor(name).reshape(wanted[key]).to(device, dtype)
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"cannot read {path}: {error}") from error
-    model.load_state_dict(state, assign=True)
-
-
-def _our_key(name: str, wanted: Mapping[str, object]) -> str:
-    """Our spelling of a key; `name` itself where we have none."""
-    renamed = OLD_ATTENTION.sub(lambda match: f"{match[1]}.{ALIASES[match[2]]}.{match[3]}", name)
-    return next((key for key in (name, f"text_model.{name}", renamed) if key in wanted), name)
-
-
-def _complete(wanted: Mapping[str, Shape], found: Mapping[str, Source], unexpected: list[str], where: str) -> None:
-    """ModelError unless every wanted key is there in its shape and nothing else is."""
-    shapes = {key: entry.shape for key, (_, _, entry) in found.items()}
-    for key in filter(ATTENTION_WEIGHT.fullmatch, shapes):
-        shapes[key] = shapes[key][:2] if shapes[key][2:] == (1, 1) else shapes[key]
-    misshapen = [f"{key} {shape} for {wanted[key]}" for key, shape in shapes.items() if shape != wanted[key]]
-    codes = {key: CODES[entry.dtype] for key, (_, _, entry) in found.items() if not entry.dtype.is_floating_point}
-    faults = {
-        "missing": [key for key in wanted if key not in found],
-        "unexpected": unexpected,
-        "of another shape": misshapen,
-        "without floating-point numbers": [f"{key} is {code}" for key, code in codes.items()],
-    }
-    said = [f"{len(keys)} {what} ({_listed(keys)})" for what, keys in faults.items() if keys]
-    if said:
-        raise ModelError(f"{where} does not fit its config.json: {'; '.join(said)}; use weights made for it")
-
-
-def _listed(items: Sequence[object]) -> str:
-    return ", ".join(map(str, items[:3])) + (", ..." if len(items) > 3 else "")
 
 
 @contextmanager
@@ -291,25 +287,31 @@ def atomic_json(path: str | Path, value: object) -> None:
 
 
 def atomic_save_safetensors(
-    tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None
+    tensors: Mapping[str, Tensor],
+    path: str | Path,
+    metadata: Mapping[str, str] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Writes a safetensors file atomically; `{"format": "pt"}` is always in its metadata (transformers asks for it).
 
     Streams tensor by tensor from wherever they lie, and the same tensors make the same bytes. Written here because the
     library's `save_file` ignores the umask and does not sync. Two names may share one tensor: it is written twice.
+    dtype: of the floating-point numbers in the file, each tensor cast as it is written; None keeps theirs.
     """
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))  # keeps all of them aligned
+    types = {name: dtype if dtype and value.is_floating_point() else value.dtype for name, value in tensors.items()}
+    ordered = sorted(tensors.items(), key=lambda item: (-types[item[0]].itemsize, item[0]))  # keeps all of them aligned
     header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for name, tensor in ordered:
-        start, end = end, end + tensor.nbytes
-        header[name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        start, end = end, end + tensor.numel() * types[name].itemsize
+        header[name] = {"dtype": CODES[types[name]], "shape": list(tensor.shape), "data_offsets": [start, end]}
     raw = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
     with atomic_write(path) as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
-        for _, tensor in ordered:
-            file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        for name, tensor in ordered:
+            stored = tensor.detach().to("cpu", types[name]).contiguous()
+            file.write(stored.flatten().view(torch.uint8).numpy().data)
 
 
 @contextmanager
@@ -353,7 +355,8 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -368,7 +371,7 @@ def _files(folder: Path) -> Iterable[str]:
 def write_manifest(folder: str | Path) -> Path:
     """Writes `manifest.sha256` of everything in `folder`, in the format that `sha256sum -c` reads."""
     folder = Path(folder)
-    atomic_text(folder / MANIFEST, "".join(f"{_sha256(folder / name)}  {name}\n" for name in _files(folder)))
+    atomic_text(folder / MANIFEST, "".join(f"{file_sha256(folder / name)}  {name}\n" for name in _files(folder)))
     return folder / MANIFEST
 
 
@@ -382,7 +385,7 @@ def check_manifest(folder: str | Path) -> dict[str, str]:
         lines = (folder / MANIFEST).read_text(encoding="utf-8").splitlines()
         matches = [re.fullmatch(r"([0-9a-f]{64})  (.+)", line) for line in lines]
         listed = {match[2]: match[1] for match in matches if match}
-        present = {name: _sha256(folder / name) for name in _files(folder)}
+        present = {name: file_sha256(folder / name) for name in _files(folder)}
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(f"cannot check {folder} against {MANIFEST}: {error}") from error
     if None in matches:

@@ -1,6 +1,7 @@
 """The command `ldm`, one file per command group. Heavy packages are imported inside the commands, never for help."""
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typer.main import get_command
 
 from ldm import __version__
 from ldm.cli.common import examples, missing, printable, say
+from ldm.cli.convert import convert
 from ldm.cli.data import app as data
 from ldm.cli.doctor import doctor
 from ldm.cli.evaluate import app as evaluate
@@ -39,7 +41,7 @@ app.command(
         'ldm generate "a taco on a red background"',
         'ldm generate "an owl on a blue background" -n 4 --seed 7 -o owls/',
         'ldm generate "an owl" "a pizza" --steps 30 --scheduler dpm++2m -o "out/{index:03}-{seed}.png"',
-        'ldm generate "a cat" --model path/to/model-folder --size 512x512 --device cuda --dtype fp16 -o cat.jpg',
+        'ldm generate "a cat" --model path/to/model-folder --size 512x512 --dtype bf16 -o cat.jpg',
         'ldm generate "a {red|green} owl" -n 4 --strip --gif',
         'ldm generate "a taco|on a red background|in front of a blue background" --matrix --seed 7',
         "ldm generate --prompts-file prompts.txt -o owls/ --json",
@@ -53,10 +55,21 @@ app.command(
         'ldm grid "a taco" --x scheduler=ddim,euler,dpm++2m --y seed=1..3 -o schedulers.png',
     )
 )(grid)
-app.command(epilog=examples("ldm verify out/an-owl-7.png", "ldm verify owl.png --model path/to/model-folder --json"))(
-    verify
-)
-app.command(epilog=examples("ldm info out/an-owl-7.png", "ldm info weights", "ldm info lora.safetensors --json"))(info)
+app.command(
+    epilog=examples(
+        "ldm verify out/an-owl-7.png", "ldm verify owl.png --model path/to/model-folder --json", "ldm verify weights"
+    )
+)(verify)
+app.command(
+    epilog=examples("ldm info out/an-owl-7.png", "ldm info weights", "ldm info model.safetensors --tensors --json")
+)(info)
+app.command(
+    epilog=examples(
+        "ldm convert model.safetensors model-folder",
+        "ldm convert model-folder model.safetensors --dtype fp16",
+        "ldm convert model.ckpt model.safetensors --allow-pickle",
+    )
+)(convert)
 app.command(epilog=examples("ldm gallery out", 'ldm gallery out -o page.html --title "Owls" --overwrite'))(gallery)
 app.command(epilog=examples("ldm schedulers", "ldm schedulers --plot levels.png --steps 10"))(schedulers)
 app.command(epilog=examples("ldm doctor", "ldm doctor --json"))(doctor)
@@ -92,13 +105,32 @@ def main(args: Sequence[str] | None = None) -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     words = [word for word in options if word != "--debug"] + words[len(options) :]
     try:
-        code = get_command(app).main(words, prog_name="ldm", standalone_mode=False)
+        code = tidied(get_command(app)).main(words, prog_name="ldm", standalone_mode=False)
     except Exception as error:  # the last door: whatever went wrong is said, and is the exit code
         if debug:
             traceback.print_exc()
         sentence, code = verdict(error)
         say(f"error: {printable(' '.join(sentence.split()))}")
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def tidied(command: Any) -> Any:
+    """The command and those in it, with help pages as people read them: typer shows types (`<bool>` beside every flag,
+    `<list[str]>` beside what already has a name), breaks lines where docstrings do, and spaces examples out.
+    """
+    help_option = command.get_help_option(typer.Context(command))
+    help_option.help = "show this page and exit"
+    for parameter in (*command.params, help_option):
+        if parameter.param_type_name == "argument":
+            parameter.display_type_rich = lambda ctx: None
+        elif parameter.is_flag:
+            parameter.metavar = ""
+        parameter.help = COMPLETION.get(parameter.name, parameter.help)
+    command.help = re.sub(r"(?<=\S)\n[ \t]*(?=\S)", " ", command.help or "")
+    command.epilog = (command.epilog or "").replace("\n\n", "\n")
+    for inner in getattr(command, "commands", {}).values():
+        tidied(inner)
+    return command
 
 
 def verdict(error: Exception) -> tuple[str, int]:
@@ -108,7 +140,8 @@ def verdict(error: Exception) -> tuple[str, int]:
     if isinstance(error, USAGE):
         misuse: Any = error
         where = misuse.ctx.command_path if misuse.ctx else "ldm"
-        return f"{misuse.format_message().rstrip('.')}; see {where} --help", misuse.exit_code
+        said = misuse.format_message().rstrip(".").replace(". Did you mean", "; did you mean")
+        return f"{said[:1].lower()}{said[1:]}{' ' if said.endswith('?') else '; '}see {where} --help", misuse.exit_code
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("ldm."):
         return missing(error.name.partition(".")[0]), 1
     if isinstance(error, OSError) and error.strerror:
@@ -117,5 +150,10 @@ def verdict(error: Exception) -> tuple[str, int]:
     return f"{type(error).__name__}: {error}; this is a fault of ldm, run again with --debug to see where", 1
 
 
+# What typer's own options do, said as ours say it.
+COMPLETION = {
+    "install_completion": "set up completion for the shell you are in",
+    "show_completion": "print what sets it up",
+}
 # What the parser raises. Typer brings its own copy of click in newer versions and exports this one subclass of it.
 USAGE = typer.BadParameter.__mro__[1]

@@ -18,15 +18,30 @@ if TYPE_CHECKING:
 # Packages that only an extra brings, and the extra.
 EXTRAS = {"accelerate": "train", "matplotlib": "train"}
 
+PANEL = "The model and where it runs"  # of help pages
 Model = Annotated[
-    str | None, typer.Option("--model", metavar="FOLDER", help="model folder; absent = the model in the box")
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="MODEL",
+        help="folder, checkpoint file, or owner/name on the hub; absent = the model in the box",
+        rich_help_panel=PANEL,
+    ),
 ]
 Device = Annotated[
-    str | None, typer.Option("--device", metavar="NAME", help="cpu, cuda or cuda:N; absent = cuda if there is one")
+    str | None,
+    typer.Option(
+        "--device", metavar="NAME", help="cpu, cuda or cuda:N; absent = cuda if there is one", rich_help_panel=PANEL
+    ),
 ]
 Dtype = Annotated[
     str | None,
-    typer.Option("--dtype", metavar="NAME", help="fp32, bf16 or fp16; absent = fp32 on the CPU, bf16 on cuda"),
+    typer.Option(
+        "--dtype",
+        metavar="NAME",
+        help="fp32, bf16 or fp16; absent = fp32 on the CPU, bf16 on cuda",
+        rich_help_panel=PANEL,
+    ),
 ]
 
 

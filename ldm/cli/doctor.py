@@ -82,7 +82,7 @@ def machine() -> Iterator[Finding]:
 def models() -> Iterator[Finding]:
     """The model in the box against its manifest, and where other models are kept."""
     from ldm.checkpoints.safe import check_manifest
-    from ldm.pipeline import model_in_the_box
+    from ldm.sources import model_in_the_box
 
     try:
         folder = model_in_the_box()

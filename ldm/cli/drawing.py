@@ -29,6 +29,7 @@ class Drawn:
     image: "Image"
     seconds: float  # its share of the time of its network calls
     frames: tuple["Image", ...]  # the estimates of it along the run, if they were asked for
+    flagged: bool = False  # by the model's safety checker; the picture is black
 
 
 def calls(pictures: Sequence[Request], at_once: int) -> Iterator[Request]:
@@ -54,6 +55,14 @@ def refuse_long(pipeline: "Pipeline", pictures: Sequence[Request]) -> None:
         encode(pipeline.text_encoder, [text], clip_skip)
 
 
+def preview_columns(picture: tuple[int, int], terminal: tuple[int, int]) -> int:
+    """How wide a preview may be, so that it, the bar and a line above them fit. Sizes are (width, height); a line of
+    the terminal is two pixels high.
+    """
+    (width, height), (columns, lines) = picture, terminal
+    return max(1, min(PREVIEW_COLUMNS, columns, 2 * (lines - 2) * width // height))
+
+
 def draw(
     pipeline: "Pipeline", pictures: Sequence[Request], frames: bool, preview: bool, quiet: bool
 ) -> Iterator[Drawn]:
@@ -64,6 +73,7 @@ def draw(
     from rich.live import Live
     from rich.text import Text
 
+    from ldm.images import to_pil
     from ldm.preview import chosen, fit_latent_to_rgb, half_blocks, preview_image
 
     if len(pictures) > 1:
@@ -88,10 +98,12 @@ def draw(
                 if live and map_to_rgb is not None and time.perf_counter() - shown > PREVIEW_EVERY:
                     shown = time.perf_counter()
                     colour = not os.environ.get("NO_COLOR")
-                    art = half_blocks(preview_image(step.x0[0], map_to_rgb), PREVIEW_COLUMNS, colour)
+                    small = preview_image(step.x0[0], map_to_rgb)
+                    art = half_blocks(small, preview_columns(small.size, bar.console.size), colour)
                     live.update(Group(Text.from_ansi(art), bar))
             assert step is not None  # a request has at least one step
-            images = pipeline.pictures(step.latents)
+            decoded, flags = pipeline.shown(step.latents)
+            images = to_pil(decoded)
             seconds, done = (time.perf_counter() - begun) / n, done + n
             for i, (image, single) in enumerate(zip(images, call.singles(), strict=True)):
-                yield Drawn(single, image, seconds, tuple(frame[i] for frame in kept))
+                yield Drawn(single, image, seconds, tuple(frame[i] for frame in kept), bool(flags) and flags[i])

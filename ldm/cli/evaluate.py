@@ -50,7 +50,8 @@ def alignment(
     refuse_unwritable(output / "alignment.json")
     from ldm.data.emoji import CorpusConfig, EmojiScenes
     from ldm.evaluation.alignment import Report, evaluate
-    from ldm.pipeline import Pipeline, model_in_the_box
+    from ldm.pipeline import Pipeline
+    from ldm.sources import model_in_the_box
     from ldm.training.config import DenoiserConfig, read_config
 
     scenes = EmojiScenes(read_config(config, DenoiserConfig).corpus if config else CorpusConfig())

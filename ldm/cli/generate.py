@@ -3,13 +3,13 @@
 import errno
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ldm.cli.common import Device, Dtype, Model, printable, say
+from ldm.cli.common import printable, say
 from ldm.cli.opening import opened
 from ldm.cli.options import Size, Verbatim, Wildcards, typed_fields, with_request
 from ldm.cli.orders import Sources, gathered, singles
@@ -62,9 +62,6 @@ def generate(
     picture: Annotated[Path | None, typer.Option("--from", metavar="PICTURE", help=FROM)] = None,
     config: Annotated[Path | None, typer.Option("--config", metavar="FILE", help="YAML file of these options")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=SET)] = None,
-    model: Model = None,
-    device: Device = None,
-    dtype: Dtype = None,
     strip: Annotated[
         bool, typer.Option("--strip", help="also write the way from noise to picture, as a strip")
     ] = False,
@@ -86,14 +83,16 @@ def generate(
     manner = Manner(as_json, quiet, verbose, not no_metadata, strip, gif, preview)
     found = recipe_in(picture, manner) if picture else None
     written = found.request if found else {}
-    orders, beside = gathered(sources, written, typed_fields(given, size))
-    typed = {"model": model, "device": device, "dtype": dtype, "output": output}
-    chosen = beside | {name: value for name, value in typed.items() if value is not None}
-    output = chosen.pop("output", None)
+    typed, opening = typed_fields(given, size)
+    orders, beside = gathered(sources, written, typed)
+    said = beside.pop("output", None)
+    output = said if output is None else output
+    opening = replace(opening, **{name: text for name, text in beside.items() if getattr(opening, name, None) is None})
     recipe = found.recipe if found else None
-    pipeline = opened(recipe, **chosen)
-    if recipe and "model" not in chosen:  # in another type of numbers the same model has other digests
-        refuse_other_model(opened(recipe) if "dtype" in chosen else pipeline, recipe)
+    pipeline = opened(recipe, opening)
+    if recipe and not (opening.model or opening.vae or opening.refiner):
+        # In another type of numbers the same model has other digests.
+        refuse_other_model(opened(recipe, replace(opening, dtype=None)) if opening.dtype else pipeline, recipe)
     pictures = singles([pipeline.resolve(order) for order in orders], sources, written)
     paths = paths_of(output, pictures)
     if dry_run:
@@ -176,6 +175,8 @@ def write(
             ) from error
         done.append(path)
         manner.tell(f"seed {one.request.seed}" + varied(one.request))
+        if one.flagged:
+            manner.tell(f"{path} is black: the model's safety checker flagged the picture")
         if manner.verbose:
             steps = one.request.num_inference_steps or 0
             manner.tell(f"{one.request.scheduler}, {steps} steps in {one.seconds:.2f} s, {steps / one.seconds:.1f}/s")
@@ -209,7 +210,7 @@ def line_of(index: int, path: Path, one: "Drawn", manner: Manner, components: di
     from ldm.recipe import fields_of
 
     beside = {name: str(place) for name, place in beside_of(path, manner).items()}
-    told = {"path": str(path), "index": index, "seconds": round(one.seconds, 3), **beside}
+    told = {"path": str(path), "index": index, "seconds": round(one.seconds, 3), "flagged": one.flagged, **beside}
     return json.dumps(told | {"request": fields_of(one.request), "components": components})
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ldm.cli.common import Device, Dtype, Model, free_name, say
+from ldm.cli.common import free_name, say
 from ldm.cli.opening import opened
 from ldm.cli.options import Size, Verbatim, Wildcards, typed_fields, with_request
 from ldm.cli.orders import Sources, singles
@@ -37,9 +37,6 @@ def grid(
     size: Size = None,
     wildcards: Wildcards = None,
     literal: Verbatim = False,
-    model: Model = None,
-    device: Device = None,
-    dtype: Dtype = None,
     **given: Any,
 ) -> None:
     """Draw a picture with every combination of the values of two or three settings.
@@ -55,13 +52,13 @@ def grid(
         raise UsageError(f"two axes go through {max(fields, key=fields.count)}; give different ones")
     if (count := prod(len(values) for _, values in named)) > MOST_CELLS:
         raise UsageError(f"these axes are {count} pictures; ask for at most {MOST_CELLS}")
-    base = typed_fields(given, size)
+    base, opening = typed_fields(given, size)
     first = {name: values[0] for name, values in named if name}
     varied = {name: max(values) for name, values in named if name == "variation_strength"}  # all have one other noise
     asked = make_request(None, first | base | varied)
     if asked.num_images_per_prompt > 1 or len(asked.prompts) > 1:
         raise UsageError("a cell is one picture; give one prompt and no -n, or make prompts or seeds an axis")
-    pipeline = opened(None, model, device, dtype)
+    pipeline = opened(None, opening)
     (base_order,) = pipeline.resolve(asked).singles()
     path = output or free_name(Path("out", f"grid-{slug(str(base_order.prompt))}.png"))
     sheets(pipeline, base_order, named, path, overwrite, Sources(wildcards=wildcards, literal=literal))

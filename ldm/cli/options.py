@@ -10,14 +10,19 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import typer
 
 from ldm.cli.common import number, whole
+from ldm.cli.opening import NAMES, Opening, parameters
 from ldm.errors import UsageError
 from ldm.request import Request, flag_of
 
 NOT_HERE = ("output_type",)  # fields that a command which writes picture files has no use for
+PANEL = "The picture"  # where help pages show the fields
 KINDS: dict[type, tuple[str, Any]] = {int: ("N", whole()), float: ("NUMBER", number), str: ("TEXT", None)}
 
 Size = Annotated[
-    str | None, typer.Option("--size", metavar="WxH", help="pixels: 64x48, or 64 for a square; absent = the model's")
+    str | None,
+    typer.Option(
+        "--size", metavar="WxH", help="pixels: 64x48, or 64 for a square; absent = the model's", rich_help_panel=PANEL
+    ),
 ]
 
 Wildcards = Annotated[
@@ -36,7 +41,8 @@ def parameter_of(field: "Field[Any]", hint: Any) -> inspect.Parameter:
     text = field.metadata["help"]
     taken: Any = (list[kind] if several else kind) | None  # type: ignore[valid-type]  # made at run time
     metavar, parser = KINDS[kind]
-    info: Any = typer.Option(flag_of(field), metavar=metavar, parser=parser, help=text)
+    panel = f"The picture, of {field.metadata['of']}" if field.metadata["of"] else PANEL
+    info: Any = typer.Option(flag_of(field), metavar=metavar, parser=parser, help=text, rich_help_panel=panel)
     if field.name == "prompt":
         info = typer.Argument(metavar="PROMPT", help=f"{text}; - reads prompts from standard input, one a line")
     return inspect.Parameter(
@@ -45,7 +51,7 @@ def parameter_of(field: "Field[Any]", hint: Any) -> inspect.Parameter:
 
 
 def with_request(command: Any, first: tuple[str, ...] = (), before_size: str = "height") -> inspect.Signature:
-    """The signature of a command that takes, beside its own options, all fields of Request as **given.
+    """The signature of a command that takes, beside its own options, all fields of Request and of Opening as **given.
 
     first: its own options that stand right after the prompts.
     """
@@ -54,18 +60,20 @@ def with_request(command: Any, first: tuple[str, ...] = (), before_size: str = "
     own = {p.name: p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD}
     at = [p.name for p in order].index(before_size)
     leading = [own.pop(name) for name in first]
-    return inspect.Signature([order[0], *leading, *order[1:at], own.pop("size"), *order[at:], *own.values()])
+    shown = [order[0], *leading, *order[1:at], own.pop("size"), *order[at:], *own.values()]
+    return inspect.Signature([*shown, *parameters()])
 
 
-def typed_fields(given: Mapping[str, Any], size: str | None) -> dict[str, Any]:
-    """The fields of Request that were typed. UsageError: a size that is none, or is said twice."""
-    typed = {name: value for name, value in given.items() if value is not None and value != []}
+def typed_fields(given: Mapping[str, Any], size: str | None) -> tuple[dict[str, Any], Opening]:
+    """The fields of Request that were typed, and those of Opening. UsageError: a size that is none or said twice."""
+    opening = Opening(**{name: given[name] for name in NAMES})
+    typed = {n: value for n, value in given.items() if n not in NAMES and value is not None and value != []}
     chosen = {name: v[0] if isinstance(v, list) and len(v) == 1 else v for name, v in typed.items()}
     if size is None:
-        return chosen
+        return chosen, opening
     if "height" in chosen or "width" in chosen:
         raise UsageError("--size was given together with --height or --width; give one or the other")
     match = re.fullmatch(r"([+-]?\d{1,9})(?:[xX\u00d7]([+-]?\d{1,9}))?", size.strip())  # the last is the times sign
     if match is None:
         raise UsageError(f"size is {size!r}; it must be WIDTHxHEIGHT or one number of pixels, for example 64x64")
-    return chosen | {"width": int(match[1]), "height": int(match[2] or match[1])}
+    return chosen | {"width": int(match[1]), "height": int(match[2] or match[1])}, opening

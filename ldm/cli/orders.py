@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from ldm.cli.common import parse_settings
+from ldm.cli.opening import SAID
 from ldm.cli.options import NOT_HERE
 from ldm.errors import UsageError, choose
 from ldm.prompts import FIELDS, expand, matrix, read_prompts, read_wildcards
 from ldm.request import Request, make_request
 
-BESIDE = ("model", "device", "dtype", "output")  # what a YAML file may say beside the fields of Request
+BESIDE = (*SAID, "output")  # what a YAML file may say beside the fields of Request
 NAMES = {name: field for name, field in FIELDS.items() if field not in NOT_HERE}  # that may be said of a field
 LINES = {".jsonl": "jsonl", ".ndjson": "jsonl"}  # suffix -> kind of a file of prompts; any other is plain text
 

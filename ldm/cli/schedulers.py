@@ -48,8 +48,8 @@ def plot_levels(path: Path, steps: int, model: str | None) -> None:
 
     from ldm.checkpoints.folder import SCHEDULER
     from ldm.checkpoints.safe import atomic_bytes, read_json
-    from ldm.pipeline import model_in_the_box
     from ldm.schedulers import SCHEDULERS, from_config
+    from ldm.sources import model_in_the_box
 
     config = read_json((Path(model) if model else model_in_the_box()) / SCHEDULER)
     figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")

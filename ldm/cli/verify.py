@@ -1,15 +1,19 @@
-"""`ldm verify`: does a picture come out again as its recipe says, and if not, what differs."""
+"""`ldm verify`: does a picture come out again as its recipe says, is a folder as its manifest says, and if not, what
+differs.
+"""
 
 import io
 import json
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ldm.cli.common import Device, Dtype, Model, printable
-from ldm.cli.opening import opened
-from ldm.errors import LdmError, ModelError
+from ldm.cli.common import printable, progress_bar
+from ldm.cli.opening import Opening, opened, with_opening
+from ldm.errors import LdmError, ModelError, UsageError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -18,37 +22,86 @@ VISIBLE = 8  # of 255: about the least difference that an eye sees on a plain gr
 
 
 def verify(
-    picture: Annotated[Path, typer.Argument(metavar="PICTURE", help="a picture that ldm drew")],
-    model: Model = None,
-    device: Device = None,
-    dtype: Dtype = None,
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="a picture that ldm drew, or a folder with manifest.sha256")
+    ],
+    write: Annotated[
+        bool, typer.Option("--write", help="write the manifest of a folder that has none, as it is now")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="the verdict as a JSON object on stdout")] = False,
+    **given: Any,
 ) -> None:
-    """Draw a picture again from its recipe and compare.
+    """Draw a picture again from its recipe and compare, or compare the files of a folder with its manifest.
 
-    Exit code 0: every pixel is equal. 1: it is not, and stdout says how far it is off and what is not as it was: a
-    component of the model, the device, the number of threads, a version.
+    Exit code 0: every pixel, or every file, is equal. 1: it is not, and stdout says how far a picture is off and what
+    is not as it was (a component of the model, the device, the number of threads, a version); or which files of a
+    folder are changed, missing or not in the manifest.
     """
+    opening = Opening(**given)
+    if path.is_dir():
+        if opening != Opening():
+            raise UsageError(
+                f"what says how a model is opened (--model, --device ...) is for a picture; {path} is a folder"
+            )
+        raise typer.Exit(of_folder(path, write, as_json))
+    if write:
+        raise UsageError(f"--write is for a folder, and {path} is none")
+    raise typer.Exit(of_picture(path, opening, as_json))
+
+
+def of_folder(folder: Path, write: bool, as_json: bool) -> int:
+    """Compare a folder with its manifest, or write that; the exit code."""
+    from ldm.checkpoints.safe import MANIFEST, check_manifest, write_manifest
+
+    there = (folder / MANIFEST).is_file()
+    if write and there:
+        raise UsageError(f"{folder} has a {MANIFEST}, to which it is compared without --write; remove it to write anew")
+    if not write and not there:
+        raise LdmError(
+            f"{folder} has no {MANIFEST} to compare with; to have one of the folder as it is now: "
+            f"ldm verify {folder} --write"
+        )
+    with progress_bar() as bar:
+        bar.add_task("reading files", total=None)
+        if write:
+            write_manifest(folder)
+        faults = {} if write else check_manifest(folder)
+    files = len((folder / MANIFEST).read_text("utf-8").splitlines())
+    if as_json:
+        print(json.dumps({"path": str(folder), "equal": not faults, "files": files, "differences": faults}))
+    elif write:
+        print(f"written: {folder / MANIFEST} of {files} files")
+    elif not faults:
+        print(f"unchanged: {files} files")
+    else:
+        counts = Counter(faults.values())
+        print(f"different: {', '.join(f'{count} {what}' for what, count in counts.items())}, of {files} files")
+        print("\n".join(f"- {what}: {printable(name)}" for name, what in faults.items()))
+    return int(bool(faults))
+
+
+def of_picture(picture: Path, opening: Opening, as_json: bool) -> int:
+    """Draw a picture again and compare; the exit code."""
     from ldm.recipe import differences, digests, read, recipe_of
     from ldm.request import Request
 
     recipe = read(picture).recipe
     if recipe is None:
         raise LdmError(f"{picture} was not drawn by ldm; draw from its settings with: ldm generate --from {picture}")
-    pipeline = opened(recipe, model, device, dtype)
+    pipeline = opened(recipe, opening)
     order = Request(**recipe.request)
     again = pipeline(order).images
     assert isinstance(again, list)  # the output type "pil"
     single = next(pipeline.resolve(order).singles())
     # In another type of numbers every network has another digest: the model is then opened as it was, to compare.
-    asked = opened(recipe, model, device) if dtype else pipeline
+    asked = opened(recipe, replace(opening, dtype=None)) if opening.dtype else pipeline
     others = differences(recipe_of(pipeline, single, digests(asked)), recipe)
     verdict = compared(picture, again[0])
     if as_json:
         print(json.dumps({"path": str(picture), **verdict, "differences": others}))
     else:
         print("\n".join([sentence(verdict), *(f"- {printable(other)}" for other in others)]))
-    raise typer.Exit(0 if verdict["equal"] else 1)
+    return 0 if verdict["equal"] else 1
 
 
 def compared(path: Path, again: "Image.Image") -> dict[str, Any]:
@@ -90,3 +143,6 @@ def sentence(verdict: dict[str, Any]) -> str:
     share = 100 * verdict["pixels"] / verdict["of"]
     most = f"the largest by {verdict['largest']} of 255"
     return f"different: {share:.1f} % of the pixels ({verdict['visible']} of them visibly), {most}"
+
+
+verify.__signature__ = with_opening(verify)  # type: ignore[attr-defined]  # typer reads it

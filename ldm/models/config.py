@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -10,6 +11,11 @@ from ldm.errors import ModelError
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+
+LARGEST, MOST_LAYERS, MOST_LEVELS = 1 << 18, 100, 8
+"""Of any network that can be opened: a width or vocabulary, repetitions of a block, and entries of a list."""
+LAYERS = ("layers_per_block", "num_hidden_layers", "num_layers", "transformer_layers_per_block", "num_encoder_blocks",
+          "num_decoder_blocks")  # fmt: skip
 
 T = TypeVar("T", bound="int | float | str | tuple[int, ...] | tuple[str, ...]")
 
@@ -27,9 +33,25 @@ def take(kind: str, config: Mapping[str, object], name: str, default: T) -> T:
     fits = type(value) is type(default)
     if fits and isinstance(value, tuple) and isinstance(default, tuple):
         fits = {type(item) for item in value} == {type(item) for item in default}
-    if not fits:
-        raise ModelError(f"{kind}: {name} = {value!r}; expected a value like {default!r}; correct config.json")
+    if not fits or (isinstance(value, float) and not math.isfinite(value)):
+        raise ModelError(f"{kind}: {name} = {_brief(value)}; expected a value like {default!r}; correct config.json")
+    numbers = [item for item in (value if isinstance(value, tuple) else (value,)) if type(item) is int]
+    most = MOST_LAYERS if name in LAYERS else LARGEST
+    if any(not 0 <= number <= most for number in numbers) or len(numbers) > MOST_LEVELS:
+        raise ModelError(
+            f"{kind}: {name} = {_brief(value)}; it must be from 0 to {most:,}, for at most {MOST_LEVELS} levels; "
+            "correct config.json"
+        )
     return cast("T", value)
+
+
+def _brief(value: object) -> str:
+    """A foreign value as an error may show it."""
+    try:
+        text = ascii(value)
+    except (RecursionError, ValueError):  # the latter of numbers with thousands of digits
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:80]} ..."
 
 
 def take_all(
@@ -65,14 +87,21 @@ def refuse_unmodelled(
         if ignored or plain in allowed:
             continue
         options = " or ".join(repr(option) for option in allowed)
-        raise ModelError(f"{kind}: {name} = {value!r} is not supported, only {options}; use a model without it")
+        shown = (name if name.isprintable() else ascii(name))[:80]
+        raise ModelError(f"{kind}: {shown} = {_brief(value)} is not supported, only {options}; take another model")
 
 
-def same_length(kind: str, **fields: tuple[object, ...]) -> None:
-    """ModelError unless all `fields` have one entry a level."""
-    if len({len(value) for value in fields.values()}) > 1:
-        counts = ", ".join(f"{name} has {len(value)}" for name, value in fields.items())
-        raise ModelError(f"{kind}: {counts}; give each one entry a level")
+def as_json(config: DataclassInstance) -> dict[str, object]:
+    """The fields of a config dataclass as json holds them."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(config).items()}
+
+
+def same_length(kind: str, config: DataclassInstance, *names: str) -> None:
+    """ModelError unless the fields `names` all have one entry a level."""
+    counts = {name: len(getattr(config, name)) for name in names}
+    if len(set(counts.values())) > 1:
+        said = ", ".join(f"{name} has {count}" for name, count in counts.items())
+        raise ModelError(f"{kind}: {said}; give each one entry a level")
 
 
 def divisible(kind: str, widths: tuple[int, ...], by: tuple[int, ...], what: str) -> None:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 KeysValues = tuple[Tensor, Tensor]
 """The keys and values of one attention layer, each [B, heads, T, C / heads]."""
+TextKeysValues = tuple[KeysValues | None, KeysValues]
+"""Those of the text for both attentions of a TransformerBlock; None where the first is among the pixels."""
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
@@ -126,18 +128,26 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention among the pixels, attention to the text, feed-forward; each pre-normed and residual."""
+    """Attention among the pixels, attention to the text, feed-forward; each pre-normed and residual.
 
-    def __init__(self, dim: int, context_dim: int, heads: int) -> None:
+    only_text: the first attention, too, is to the text.
+    """
+
+    def __init__(self, dim: int, context_dim: int, heads: int, *, only_text: bool = False) -> None:
         super().__init__()
-        self.norm1, self.attn1 = nn.LayerNorm(dim), Attention(dim, dim, heads)
+        self.only_text = only_text
+        self.norm1, self.attn1 = nn.LayerNorm(dim), Attention(dim, context_dim if only_text else dim, heads)
         self.norm2, self.attn2 = nn.LayerNorm(dim), Attention(dim, context_dim, heads)
         self.norm3, self.ff = nn.LayerNorm(dim), FeedForward(dim)
 
-    def forward(self, x: Tensor, text: KeysValues) -> Tensor:
+    def keys_values(self, context: Tensor) -> TextKeysValues:
+        """What is attended to in the text [B, T, D]."""
+        return self.attn1.keys_values(context) if self.only_text else None, self.attn2.keys_values(context)
+
+    def forward(self, x: Tensor, text: TextKeysValues) -> Tensor:
         """x [B, L, C], the text's keys and values -> [B, L, C]"""
-        x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), text)
+        x = x + self.attn1(self.norm1(x), text[0])
+        x = x + self.attn2(self.norm2(x), text[1])
         y: Tensor = x + self.ff(self.norm3(x))
         return y
 
@@ -145,15 +155,19 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """TransformerBlocks over the pixels of a feature map. [B, C, H, W] -> [B, C, H, W]"""
 
-    def __init__(self, dim: int, context_dim: int, heads: int, depth: int, *, groups: int, linear: bool) -> None:
+    def __init__(
+        self, dim: int, context_dim: int, heads: int, depth: int, *, groups: int, linear: bool, only_text: bool = False
+    ) -> None:
         super().__init__()
         self.linear = linear
         self.norm = nn.GroupNorm(groups, dim, eps=1e-6)
         self.proj_in = nn.Linear(dim, dim) if linear else nn.Conv2d(dim, dim, 1)
-        self.transformer_blocks = nn.ModuleList(TransformerBlock(dim, context_dim, heads) for _ in range(depth))
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(dim, context_dim, heads, only_text=only_text) for _ in range(depth)
+        )
         self.proj_out = nn.Linear(dim, dim) if linear else nn.Conv2d(dim, dim, 1)
 
-    def forward(self, x: Tensor, text: Sequence[KeysValues]) -> Tensor:
+    def forward(self, x: Tensor, text: Sequence[TextKeysValues]) -> Tensor:
         """x [B, C, H, W], text: one entry a block -> [B, C, H, W]"""
         height, width = x.shape[-2:]
         y = self.norm(x)

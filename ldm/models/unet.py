@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.errors import ModelError, UsageError
-from ldm.models.config import divisible, refuse_unmodelled, same_length, spread, take_all
+from ldm.models.config import as_json, divisible, refuse_unmodelled, same_length, spread, take_all
 from ldm.models.layers import (
     Downsample,
-    KeysValues,
     ResBlock,
     SpatialTransformer,
+    TextKeysValues,
     TimestepMLP,
     TransformerBlock,
     Upsample,
@@ -27,7 +27,7 @@ from ldm.models.layers import (
 )
 
 PLAIN, CROSS = "DownBlock2D", "CrossAttnDownBlock2D"
-LevelText = tuple[tuple[KeysValues, ...], ...]
+LevelText = tuple[tuple[TextKeysValues, ...], ...]
 """The text's keys and values for one level: a tuple a SpatialTransformer, in it one entry a TransformerBlock."""
 Residuals = tuple[Sequence[Tensor], Tensor]
 """What ControlNet adds (Zhang et al. 2023): one tensor for every skip, in their order, and one for the mid block."""
@@ -40,6 +40,10 @@ class UNetConfig:
     num_heads: attention heads of every level, which diffusers' json calls `attention_head_dim`.
     The up blocks mirror the down blocks, the mid block attends like the last level.
     use_linear_projection: SD2 and SDXL; proj_in and proj_out are linear, not 1x1 convolutions.
+    only_cross_attention: the x4-upscaler; a level whose first attentions, too, are to the text; () for none. The mid
+    block's never are.
+    num_class_embeds: the x4-upscaler; how many class labels there are (its levels of noise in the small image); 0 for
+    models without.
     addition_time_embed_dim: SDXL; width of the embedding of each size number; 0 for models without.
     projection_class_embeddings_input_dim: SDXL; width of the pooled text vector and all size embeddings together.
     Raises ModelError for unknown block types, lists of unequal length, and widths that do not divide.
@@ -56,6 +60,8 @@ class UNetConfig:
     num_heads: tuple[int, ...] = (8, 8, 8, 8)
     transformer_layers_per_block: tuple[int, ...] = (1, 1, 1, 1)
     use_linear_projection: bool = False
+    only_cross_attention: tuple[bool, ...] = ()
+    num_class_embeds: int = 0
     addition_time_embed_dim: int = 0
     projection_class_embeddings_input_dim: int = 0
 
@@ -64,13 +70,8 @@ class UNetConfig:
         for block in self.down_block_types:
             if block not in (PLAIN, CROSS):
                 raise ModelError(f"{kind}: down_block_types has {block!r}; supported are {PLAIN} and {CROSS}")
-        same_length(
-            kind,
-            block_out_channels=widths,
-            down_block_types=self.down_block_types,
-            attention_head_dim=self.num_heads,
-            transformer_layers_per_block=self.transformer_layers_per_block,
-        )
+        lists = ["block_out_channels", "down_block_types", "num_heads", "transformer_layers_per_block"]
+        same_length(kind, self, *lists, *(["only_cross_attention"] if self.only_cross_attention else []))
         divisible(kind, widths, (self.norm_num_groups,) * len(widths), "norm_num_groups")
         attends = [block == CROSS for block in self.down_block_types[:-1]] + [True]
         heads = tuple(n if attend else 1 for n, attend in zip(self.num_heads, attends, strict=True))
@@ -84,30 +85,31 @@ class UNetConfig:
     @classmethod
     def from_dict(cls, config: Mapping[str, object]) -> UNetConfig:
         """Reads diffusers' `unet/config.json`. ModelError for any setting whose numbers would not be ours."""
-        kind, defaults = "U-Net config", cls()
+        kind, defaults = "U-Net config", cls(only_cross_attention=(False,) * 4)
         types = config.get("down_block_types")
         levels = len(types) if isinstance(types, (list, tuple)) else len(defaults.down_block_types)
         given = {name: value for name, value in config.items() if name not in SDXL_ONLY or config.get(ADDED)}
         given["num_heads"] = spread(config, "attention_head_dim", 8, levels)
-        depths = "transformer_layers_per_block"
-        given[depths] = spread(config, depths, 1, levels)
-        found = cls(**take_all(kind, given, defaults, ABSENT))
+        depths, only = "transformer_layers_per_block", "only_cross_attention"
+        given |= {depths: spread(config, depths, 1, levels), only: spread(config, only, False, levels)}
+        values = take_all(kind, given, defaults, ABSENT)
+        found = cls(**values | {only: values[only] if any(values[only]) else ()})
         known = frozenset(vars(found)) | HARMLESS
         refuse_unmodelled(kind, config, FIXED | {"up_block_types": (found.up_block_types,)}, known)
         return found
 
     def to_dict(self) -> dict[str, object]:
         """The `config.json` with which stock diffusers builds the same network."""
-        config = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+        config = as_json(self)
         config["attention_head_dim"] = config.pop("num_heads")
         config |= {"_class_name": "UNet2DConditionModel", "up_block_types": list(self.up_block_types)}
-        if self.projection_class_embeddings_input_dim:
-            return config | {ADDED: "text_time"}
-        return {name: value for name, value in config.items() if name not in SDXL_ONLY}
+        config |= {ADDED: "text_time"} if self.projection_class_embeddings_input_dim else {}
+        return {name: value for name, value in config.items() if value or name not in OPTIONAL}
 
 
 ADDED = "addition_embed_type"
 SDXL_ONLY = ("addition_time_embed_dim", "projection_class_embeddings_input_dim")
+OPTIONAL = (*SDXL_ONLY, "only_cross_attention", "num_class_embeds")  # absent from config.json where they are empty
 ABSENT: dict[str, object] = {"cross_attention_dim": 1280}
 """What diffusers takes for a field that config.json lacks, where that is not the default here."""
 HARMLESS = frozenset(
@@ -115,6 +117,7 @@ HARMLESS = frozenset(
         "attention_head_dim",  # read as num_heads
         "addition_embed_type_num_heads",  # of another addition_embed_type
         "dropout",  # 0 when sampling
+        "mid_block_only_cross_attention",  # of another mid_block_type
         "upcast_attention",  # the fused attention accumulates its scores in float32 in any case
     }
 )
@@ -142,8 +145,9 @@ def transformers(c: UNetConfig, level: int, count: int) -> nn.ModuleList:
     """`count` SpatialTransformers with the width, heads and depth of a level."""
     width, heads, depth = c.block_out_channels[level], c.num_heads[level], c.transformer_layers_per_block[level]
     groups, linear = c.norm_num_groups, c.use_linear_projection
+    only = level >= 0 and any(c.only_cross_attention[level : level + 1])  # not in the mid block, which has level -1
     return nn.ModuleList(
-        SpatialTransformer(width, c.cross_attention_dim, heads, depth, groups=groups, linear=linear)
+        SpatialTransformer(width, c.cross_attention_dim, heads, depth, groups=groups, linear=linear, only_text=only)
         for _ in range(count)
     )
 
@@ -220,11 +224,11 @@ class Prepared:
     """What a U-Net computes once per prompt. It holds results of the weights: make a new one when those change.
 
     text: for every level in the order of computation (down, mid, up), its text keys and values.
-    added: SDXL's embedding of the pooled text and the sizes, [B, E].
+    added: what joins the time embedding, each [B, E]: that of the class labels, that of SDXL's pooled text and sizes.
     """
 
     text: tuple[LevelText, ...]
-    added: Tensor | None = None
+    added: tuple[Tensor, ...] = ()
 
 
 class UNet(nn.Module):
@@ -238,6 +242,7 @@ class UNet(nn.Module):
         self.time_embedding = TimestepMLP(widths[0], E)
         d_added = c.projection_class_embeddings_input_dim
         self.add_embedding = TimestepMLP(d_added, E) if d_added else None
+        self.class_embedding = nn.Embedding(c.num_class_embeds, E) if c.num_class_embeds else None
 
         inputs = widths[:1] + widths[:-1]
         self.down_blocks = nn.ModuleList(DownLevel(c, i, c_in) for i, c_in in enumerate(inputs))
@@ -257,30 +262,44 @@ class UNet(nn.Module):
     def _levels(self) -> list[nn.Module]:
         return [*self.down_blocks, self.mid_block, *self.up_blocks]
 
-    def prepare(self, context: Tensor, pooled: Tensor | None = None, sizes: Tensor | None = None) -> Prepared:
+    def prepare(
+        self, context: Tensor, pooled: Tensor | None = None, sizes: Tensor | None = None, labels: Tensor | None = None
+    ) -> Prepared:
         """Everything that does not depend on the latents, once per prompt.
 
         context [B, T, D]: the text's hidden states. SDXL also needs pooled [B, D'] and sizes [B, 6]: original height
         and width, crop top and left, target height and width in pixels (its refiner: 5, the aesthetic score in place
-        of the target). UsageError when they do not fit.
+        of the target); the x4-upscaler labels [B], whole numbers: the timestep to whose noise the small image was
+        brought. UsageError when they do not fit.
         """
         c = self.config
         if context.shape[-1] != c.cross_attention_dim:
             widths = f"text of width {context.shape[-1]}; this U-Net takes {c.cross_attention_dim}"
             raise UsageError(f"{widths}; use its own text encoder")
         text = tuple(_keys_values(level, context) for level in self._levels())
-        if self.add_embedding is None:
-            return Prepared(text)
+        added = []
+        if self.class_embedding is not None:
+            if labels is None or not 0 <= int(labels.min()) <= int(labels.max()) < c.num_class_embeds:
+                wanted = f"labels (an upscaler's noise levels) from 0 to {c.num_class_embeds - 1}"
+                raise UsageError(f"this U-Net also needs {wanted}; give them to prepare()")
+            added.append(self.class_embedding(labels))
+        if self.add_embedding is not None:
+            added.append(self.add_embedding(self._sizes(pooled, sizes).to(context.dtype)))
+        return Prepared(text, tuple(added))
+
+    def _sizes(self, pooled: Tensor | None, sizes: Tensor | None) -> Tensor:
+        """What SDXL is told beside the text: the pooled text and the sinusoids of the sizes, [B, D' + 256 * sizes]."""
+        c = self.config
         if pooled is None or sizes is None:
             raise UsageError("this U-Net (SDXL) also needs the pooled text and the image sizes; give both to prepare()")
         numbers = timestep_embedding(sizes.flatten(), c.addition_time_embed_dim).reshape(len(sizes), -1)
-        added = torch.cat([pooled, numbers.to(pooled.dtype)], dim=-1).to(context.dtype)
+        added = torch.cat([pooled, numbers.to(pooled.dtype)], dim=-1)
         if added.shape[-1] != c.projection_class_embeddings_input_dim:
             raise UsageError(
                 f"pooled text of width {pooled.shape[-1]} and {sizes.shape[-1]} sizes make {added.shape[-1]} numbers; "
                 f"this U-Net takes {c.projection_class_embeddings_input_dim}"
             )
-        return Prepared(text, self.add_embedding(added))
+        return added
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor | Prepared, residuals: Residuals | None = None) -> Tensor:
         """x [B, in_channels, H, W] of any H and W, t [B] in [0, 1000) -> [B, out_channels, H, W]
@@ -291,8 +310,8 @@ class UNet(nn.Module):
         prepared = self.prepare(context) if isinstance(context, Tensor) else context
         n = len(self.down_blocks)
         temb = self.time_embedding(timestep_embedding(t, self.config.block_out_channels[0]).to(x.dtype))
-        if prepared.added is not None:
-            temb = temb + prepared.added
+        for embedding in prepared.added:
+            temb = temb + embedding
         temb = F.silu(temb)
 
         x = self.conv_in(x)
@@ -315,7 +334,7 @@ class UNet(nn.Module):
 def _keys_values(level: nn.Module, context: Tensor) -> LevelText:
     """The text's keys and values for all transformers of a level."""
     return tuple(
-        tuple(block.attn2.keys_values(context) for block in part.modules() if isinstance(block, TransformerBlock))
+        tuple(block.keys_values(context) for block in part.modules() if isinstance(block, TransformerBlock))
         for part in level.modules()
         if isinstance(part, SpatialTransformer)
     )

@@ -5,17 +5,19 @@ Images [B, 3, fH, fW] in [-1, 1] <-> latents [B, c, H, W] of about unit variance
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.errors import UsageError
-from ldm.models.config import divisible, refuse_unmodelled, take_all
+from ldm.models.config import as_json, divisible, refuse_unmodelled, take_all
 from ldm.models.layers import Attention, Downsample, KeysValues, ResBlock, Upsample, to_map, to_tokens
 
 EPS = 1e-6  # of every GroupNorm here; the U-Net's ResBlocks use 1e-5
+BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}  # at every level
 ABSENT: dict[str, object] = {"block_out_channels": (64,), "layers_per_block": 1, "sample_size": 32}
 """What diffusers takes for a field that config.json lacks, where that is not the default here."""
 
@@ -60,30 +62,15 @@ class VAEConfig:
     def to_dict(self) -> dict[str, object]:
         """The `config.json` with which stock diffusers builds the same network."""
         levels = len(self.block_out_channels)
-        return {
-            "_class_name": "AutoencoderKL",
-            "in_channels": self.in_channels,
-            "out_channels": self.out_channels,
-            "latent_channels": self.latent_channels,
-            "down_block_types": ["DownEncoderBlock2D"] * levels,
-            "up_block_types": ["UpDecoderBlock2D"] * levels,
-            "block_out_channels": list(self.block_out_channels),
-            "layers_per_block": self.layers_per_block,
-            "act_fn": "silu",
-            "norm_num_groups": self.norm_num_groups,
-            "sample_size": self.sample_size,
-            "scaling_factor": self.scaling_factor,
-            "mid_block_add_attention": self.mid_block_add_attention,
-            "force_upcast": self.force_upcast,
-        }
+        blocks = {name: [block] * levels for name, block in BLOCKS.items()}
+        return {"_class_name": "AutoencoderKL", **as_json(self), **blocks, "act_fn": "silu"}
 
 
 def _fixed(levels: int) -> dict[str, tuple[object, ...]]:
     """Fields of diffusers' config that we do not vary, and the values for which our computation is right."""
     return {
         "_class_name": ("AutoencoderKL",),
-        "down_block_types": (("DownEncoderBlock2D",) * levels,),
-        "up_block_types": (("UpDecoderBlock2D",) * levels,),
+        **{name: ((block,) * levels,) for name, block in BLOCKS.items()},
         "act_fn": ("silu", "swish"),
         "shift_factor": (None, 0, 0.0),
         "latents_mean": (None,),
@@ -122,39 +109,35 @@ class Middle(nn.Module):
         return x
 
 
-class EncoderLevel(nn.Module):
-    """ResBlocks, then half the resolution unless it is the last level. [B, c_in, H, W] -> [B, c_out, H/2, W/2]"""
+class Level(nn.Module):
+    """ResBlocks, then another resolution unless it is the last level. [B, c_in, H, W] -> [B, c_out, H', W']"""
 
-    def __init__(self, c_in: int, c_out: int, count: int, groups: int, *, last: bool) -> None:
+    def __init__(
+        self, c_in: int, c_out: int, count: int, groups: int, samplers: str, sampler: Callable[[int], nn.Module] | None
+    ) -> None:
+        """samplers: the name of the part that changes the resolution. sampler: makes it; None in the last level."""
         super().__init__()
-        self.resnets = resnets(c_in, c_out, count, groups)
-        self.downsamplers = nn.ModuleList([] if last else [Downsample(c_out, padded=True)])
+        self.resnets = nn.ModuleList(
+            ResBlock(c_in if j == 0 else c_out, c_out, groups=groups, eps=EPS) for j in range(count)
+        )
+        self.add_module(samplers, nn.ModuleList([sampler(c_out)] if sampler else []))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, c_in, H, W] -> [B, c_out, H/2, W/2] (the last level: H, W)"""
-        for part in (*self.resnets, *self.downsamplers):
-            x = part(x)
+        """[B, c_in, H, W] -> [B, c_out, H/2 or H or 2H, W/2 or W or 2W]"""
+        for parts in self.children():
+            for part in parts.children():
+                x = part(x)
         return x
 
 
-class DecoderLevel(nn.Module):
-    """ResBlocks, then twice the resolution unless it is the last level. [B, c_in, H, W] -> [B, c_out, 2H, 2W]"""
-
-    def __init__(self, c_in: int, c_out: int, count: int, groups: int, *, last: bool) -> None:
-        super().__init__()
-        self.resnets = resnets(c_in, c_out, count, groups)
-        self.upsamplers = nn.ModuleList([] if last else [Upsample(c_out)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, c_in, H, W] -> [B, c_out, 2H, 2W] (the last level: H, W)"""
-        for part in (*self.resnets, *self.upsamplers):
-            x = part(x)
-        return x
-
-
-def resnets(c_in: int, c_out: int, count: int, groups: int) -> nn.ModuleList:
-    """`count` ResBlocks, the first of which changes the width."""
-    return nn.ModuleList(ResBlock(c_in if j == 0 else c_out, c_out, groups=groups, eps=EPS) for j in range(count))
+def levels(
+    widths: Sequence[int], count: int, groups: int, samplers: str, sampler: Callable[[int], nn.Module]
+) -> nn.ModuleList:
+    """A Level for each width; the first begins with its own."""
+    return nn.ModuleList(
+        Level(c_in, c_out, count, groups, samplers, sampler if i < len(widths) - 1 else None)
+        for i, (c_in, c_out) in enumerate(zip([widths[0], *widths], widths, strict=False))
+    )
 
 
 class Encoder(nn.Module):
@@ -164,10 +147,8 @@ class Encoder(nn.Module):
         super().__init__()
         widths, groups = c.block_out_channels, c.norm_num_groups
         self.conv_in = nn.Conv2d(c.in_channels, widths[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList(
-            EncoderLevel(c_in, c_out, c.layers_per_block, groups, last=i == len(widths) - 1)
-            for i, (c_in, c_out) in enumerate(zip(widths[:1] + widths, widths, strict=False))
-        )
+        halving = partial(Downsample, padded=True)
+        self.down_blocks = levels(widths, c.layers_per_block, groups, "downsamplers", halving)
         self.mid_block = Middle(widths[-1], groups, c.mid_block_add_attention)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=EPS)
         self.conv_out = nn.Conv2d(widths[-1], 2 * c.latent_channels, 3, padding=1)
@@ -189,10 +170,7 @@ class Decoder(nn.Module):
         widths, groups = c.block_out_channels[::-1], c.norm_num_groups
         self.conv_in = nn.Conv2d(c.latent_channels, widths[0], 3, padding=1)
         self.mid_block = Middle(widths[0], groups, c.mid_block_add_attention)
-        self.up_blocks = nn.ModuleList(
-            DecoderLevel(c_in, c_out, c.layers_per_block + 1, groups, last=i == len(widths) - 1)
-            for i, (c_in, c_out) in enumerate(zip(widths[:1] + widths, widths, strict=False))
-        )
+        self.up_blocks = levels(widths, c.layers_per_block + 1, groups, "upsamplers", Upsample)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=EPS)
         self.conv_out = nn.Conv2d(widths[-1], c.out_channels, 3, padding=1)
 
@@ -203,6 +181,13 @@ class Decoder(nn.Module):
             z = level(z)
         z = self.conv_out(F.silu(self.conv_norm_out(z)))
         return z
+
+
+def refuse_uneven(images: Tensor, factor: int) -> None:
+    """UsageError unless both sides of the images [B, 3, H, W] are multiples of `factor`."""
+    height, width = images.shape[-2:]
+    if height % factor or width % factor:
+        raise UsageError(f"image of {height} x {width} pixels; the sides must be multiples of {factor}; resize it")
 
 
 class AutoencoderKL(nn.Module):
@@ -221,10 +206,7 @@ class AutoencoderKL(nn.Module):
 
         images [B, 3, fH, fW] in [-1, 1] -> two of [B, c, H, W]. Raises UsageError when a side is no multiple of f.
         """
-        height, width = images.shape[-2:]
-        factor = self.config.factor
-        if height % factor or width % factor:
-            raise UsageError(f"image of {height} x {width} pixels; the sides must be multiples of {factor}; resize it")
+        refuse_uneven(images, self.config.factor)
         mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 

@@ -4,8 +4,10 @@ Radford et al. 2021, sec. 2.4 (the encoding is that of Sennrich et al. 2016, ove
 Reads and writes the folders of transformers' CLIPTokenizer and gives the same ids, by the `tokenizers` package alone.
 """
 
+import gzip
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, count, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -21,6 +23,7 @@ BOS, EOS, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 WINDOW = 77  # of every published CLIP text encoder; some tokenizer_config.json leave it out
 FEWEST = 2 * 256 + 2  # every byte, every byte that ends a word, and the two special tokens
+MERGES = Path(__file__).with_name("clip_merges.txt.gz")  # OpenAI's, in their order; see NOTICE
 
 
 class Tokens(NamedTuple):
@@ -34,7 +37,8 @@ class CLIPTokenizer:
     """Prompts -> token ids [B, max_length]: the start token, the text, the end token, then padding.
 
     vocab: token -> id. merges: pairs of tokens, in the order in which they are joined. pad: the padding token (SD1: the
-    end token, SD2: "!"). added: further tokens matched whole before the encoding, such as those of textual inversion.
+    end token, SD2: "!"). added: further tokens matched whole before the encoding, such as those of textual inversion:
+    of `name`, `name_1`, `name_2` ... the first stands in a prompt for all of them, as in diffusers.
     Raises ModelError when a special token or part of a merge has no id, or `added` does not follow the vocabulary.
     """
 
@@ -49,21 +53,21 @@ class CLIPTokenizer:
         self.vocab, self.merges, self.max_length, self.pad = dict(vocab), list(merges), max_length, pad
         self.added = dict(added or {})
         known = self.vocab | self.added
-        needed = [BOS, EOS, pad, *(token for pair in self.merges for token in (*pair, "".join(pair)))]
-        absent = [token for token in needed if token not in known]
+        absent = {BOS, EOS, pad, *chain(*self.merges), *map("".join, self.merges)} - known.keys()
         if absent:
-            raise ModelError(f"the tokenizer's vocabulary has no token {absent[0]!a:.60}; it is not one of CLIP")
+            raise ModelError(f"the tokenizer's vocabulary has no token {min(absent)!a:.60}; it is not one of CLIP")
         if max_length < 3:
             raise ModelError(f"a tokenizer window of {max_length} tokens; it takes at least 3 to hold any text")
         self.bos_id, self.eos_id, self.pad_id = known[BOS], known[EOS], known[pad]
+        self._stands_for = _runs(self.added)
         self._tokenizer = _backend(self.vocab, self.merges)
         for token in dict.fromkeys((BOS, EOS, pad)):
             self._tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True)])
         for token in sorted(self.added.keys() - {BOS, EOS, pad}, key=self.added.__getitem__):
             self._tokenizer.add_tokens([AddedToken(token, normalized=True)])
-        shifted = [token for token, index in known.items() if self._tokenizer.token_to_id(token) != index]
+        shifted = {token for token, _ in known.items() - self._tokenizer.get_vocab().items()}
         if shifted:
-            raise ModelError(f"token {shifted[0]!a:.60}: ids of added tokens must continue those of the vocabulary")
+            raise ModelError(f"token {min(shifted)!a:.60}: ids of added tokens must continue those of the vocabulary")
         ends = (EOS, self.eos_id), (BOS, self.bos_id)
         self._tokenizer.post_processor = processors.RobertaProcessing(*ends, False, False)
 
@@ -82,9 +86,14 @@ class CLIPTokenizer:
                 raise UsageError(f"{fault}; retype it") from error
             # one at a time: encode_batch starts threads, after which the package complains when a process forks
             text = self._tokenizer.encode(prompt, add_special_tokens=False)
-            ids = [self.bos_id, *text.ids[:room], self.eos_id]
+            spelt = [
+                (index, start)
+                for token, (start, _) in zip(text.ids, text.offsets, strict=True)
+                for index in self._stands_for.get(token, (token,))
+            ]
+            ids = [self.bos_id, *(index for index, _ in spelt[:room]), self.eos_id]
             rows.append(ids + [self.pad_id] * (self.max_length - len(ids)))
-            cut = text.offsets[room][0] if len(text) > room else len(prompt)
+            cut = spelt[room][1] if len(spelt) > room else len(prompt)
             while 0 < cut < len(prompt) and not prompt[cut].isspace() and not prompt[cut - 1].isspace():
                 cut -= 1  # a word is lost whole when one of its tokens is
             dropped.append(tuple(prompt[cut:].split()))
@@ -127,6 +136,20 @@ class CLIPTokenizer:
             atomic_json(folder / "added_tokens.json", self.added)
 
     @classmethod
+    def standard(cls, pad: str = EOS) -> Self:
+        """OpenAI's tokenizer of 49,408 tokens, which every Stable Diffusion 1, 2 and XL was trained with.
+
+        pad: the end token for the CLIP of SD1 and SDXL; "!" (id 0) for OpenCLIP, in SD2 and SDXL's second encoder.
+        ModelError when the package has lost its table of merges.
+        """
+        try:
+            words = gzip.decompress(MERGES.read_bytes()).decode().split()
+        except (OSError, EOFError, ValueError) as error:
+            raise ModelError(f"cannot read {MERGES} ({error}); install the package again") from error
+        merges = list(zip(words[::2], words[1::2], strict=True))
+        return cls(_vocabulary(merges), merges, WINDOW, pad)
+
+    @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int, max_length: int = WINDOW) -> Self:
         """Learns merges from captions; the same captions in the same order give the same tokenizer on any run.
 
@@ -135,13 +158,11 @@ class CLIPTokenizer:
         """
         if vocab_size < FEWEST:
             raise UsageError(f"vocab_size {vocab_size}; a CLIP tokenizer has at least {FEWEST} tokens; choose more")
-        letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-        letters += [letter + WORD_END for letter in letters]
         # naming all letters beforehand fixes their order; else ties between pairs fall differently on every run
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             min_frequency=2,
-            special_tokens=letters,
+            special_tokens=_letters(),
             end_of_word_suffix=WORD_END,
             show_progress=False,
         )
@@ -149,8 +170,25 @@ class CLIPTokenizer:
         learner.train_from_iterator(captions, trainer)
         merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
         merges = merges[: vocab_size - FEWEST]
-        tokens = dict.fromkeys([*letters, *map("".join, merges), BOS, EOS])
-        return cls({token: index for index, token in enumerate(tokens)}, merges, max_length)
+        return cls(_vocabulary(merges), merges, max_length)
+
+
+def _runs(added: Mapping[str, int]) -> dict[int, tuple[int, ...]]:
+    """The id of `name` -> those of `name`, `name_1`, `name_2` ..., where there are any."""
+    runs = {name: [*takewhile(added.__contains__, (f"{name}_{i}" for i in count(1)))] for name in added}
+    return {added[name]: (added[name], *map(added.__getitem__, run)) for name, run in runs.items() if run}
+
+
+def _letters() -> list[str]:
+    """Every byte, then every byte that ends a word, as the encoding writes them."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    return [*letters, *(letter + WORD_END for letter in letters)]
+
+
+def _vocabulary(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
+    """token -> id in CLIP's order: bytes, what the merges make, the special tokens."""
+    tokens = dict.fromkeys([*_letters(), *map("".join, merges), BOS, EOS])
+    return {token: index for index, token in enumerate(tokens)}
 
 
 def _backend(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:

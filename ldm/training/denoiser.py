@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ldm.checkpoints.components import CLASSES, DIFFUSION, Components, build
-from ldm.checkpoints.safe import atomic_json, atomic_save_safetensors, load_into, read_json, write_manifest
+from ldm.checkpoints.load import Bare, load_into
+from ldm.checkpoints.safe import atomic_json, atomic_save_safetensors, read_json, write_manifest
 from ldm.conditioning import encoder_of
 from ldm.data.emoji import EmojiScenes
 from ldm.diffusion.losses import DiffusionLoss
 from ldm.errors import UsageError
+from ldm.models.tiny_vae import AutoencoderTiny
 from ldm.models.unet import UNet, init_for_training
 from ldm.models.vae import AutoencoderKL
 from ldm.pipeline import Pipeline
@@ -128,7 +130,7 @@ def components(config: DenoiserConfig) -> Components:
             )
     models: dict[str, nn.Module] = {}
     for name, (folder, class_name) in folders.items():
-        with torch.device("meta"):
+        with Bare():
             models[name] = build(class_name, read_json(folder / "config.json"))
         load_into(models[name], [folder / f"{CLASSES[class_name].stem}.safetensors"])
     unet = UNet(config.unet)
@@ -165,12 +167,12 @@ def config_window(text_encoder: nn.Module) -> int:
 
 
 @torch.inference_mode()
-def encode(vae: AutoencoderKL, tokenizer: CLIPTokenizer, scenes: EmojiScenes, count: int) -> Batch:
+def encode(vae: AutoencoderKL | AutoencoderTiny, tokenizer: CLIPTokenizer, scenes: EmojiScenes, count: int) -> Batch:
     """Scenes 0 ... count - 1 as (means, deviations) float16 [N, C, H, W], unscaled, and caption ids int32 [N, T]."""
     means, stds, ids = [], [], []
     for first in range(0, count, ENCODED_AT_ONCE):
         images, captions = zip(*(scenes[i] for i in range(first, min(first + ENCODED_AT_ONCE, count))), strict=True)
-        mean, logvar = vae.posterior(to_signal(torch.from_numpy(np.stack(images))).to(vae.quant_conv.weight.device))
+        mean, logvar = vae.posterior(to_signal(torch.from_numpy(np.stack(images))).to(next(vae.parameters()).device))
         means.append(mean.half().cpu())
         stds.append((0.5 * logvar).exp().half().cpu())
         ids.append(tokenizer(list(captions)).ids.int())
