@@ -86,10 +86,8 @@ def main() -> None:
         place = asked.place / dtype
         if not (place / "single.safetensors").is_file():
             place.mkdir(parents=True, exist_ok=True)
-            subprocess.run(
-                [sys.executable, "-c", f"import loading; loading.make(loading.Path({str(place.resolve())!r}), {dtype!r})"],
-                cwd=Path(__file__).parent, check=True,
-            )  # fmt: skip
+            call = f"import loading; loading.make(loading.Path({str(place.resolve())!r}), {dtype!r})"
+            subprocess.run([sys.executable, "-c", call], cwd=Path(__file__).parent, check=True)
         for file in place.rglob("*.safetensors"):
             with file.open("rb") as handle:
                 while handle.read(1 << 24):

@@ -9,6 +9,10 @@ class LdmError(Exception):
 
     exit_code = 1
 
+    def __init__(self, text: object = "") -> None:
+        shown = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(text))
+        super().__init__(shown)  # names in files can hold codes that would act on a terminal
+
 
 class UsageError(LdmError, ValueError):
     """The request itself is wrong (a value out of range, an unknown name); nothing was begun."""

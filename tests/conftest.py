@@ -2,6 +2,7 @@
 this process, and a model small enough to draw in milliseconds.
 """
 
+import copy
 import json
 import os
 import random
@@ -94,7 +95,7 @@ def quick(monkeypatch, opened) -> Iterator[None]:
         key = (path.resolve(), *files, *options)
         if key not in opened:
             opened[key] = open_folder(path, *options)
-        return opened[key]
+        return copy.deepcopy(opened[key])  # whoever opens it may change it
 
     monkeypatch.setattr("ldm.sources.open_folder", once)
     before = torch.get_num_threads()

@@ -95,7 +95,7 @@ def open_folder(
             raise ModelError(f"{path} has {name}/ and no {TOKENIZERS[name]}/; {CONTENTS}")
         encoder = parts[TOKENIZERS[name]]
         if isinstance(encoder, CLIPTextModel):  # others have theirs
-            parts[name] = _words(path / name, encoder.config.max_position_embeddings)
+            parts[name] = CLIPTokenizer.from_folder(path / name, encoder.config.max_position_embeddings)
     if "safety_checker" in parts and (path / PREPROCESSOR).is_file():
         check_preprocessor(read_json(path / PREPROCESSOR), parts["safety_checker"].config.vision.image_size)
     components = Components(
@@ -145,14 +145,6 @@ def _network(
     return network.eval()
 
 
-def _words(folder: Path, window: int) -> CLIPTokenizer:
-    """The tokenizer of a folder, which every ModelError names."""
-    try:
-        return CLIPTokenizer.from_folder(folder, window)
-    except ModelError as error:
-        raise error if str(folder) in str(error) else ModelError(f"{folder}: {error}") from error
-
-
 def _built(path: Path, class_name: str) -> Any:
     """The network of a config.json, without numbers. ModelError names the file."""
     config = read_json(path)
@@ -191,7 +183,7 @@ def _parts_of(index: Json, path: Path) -> tuple[dict[str, str], list[str]]:
             continue
         library, class_name = (*entry, None, None)[:2]
         if name in UNUSED:
-            notes.append(f"the model's {name} ({class_name}) is not used")
+            notes.append(f"the model's {name} ({ascii(class_name)[1:-1]:.60}) is not used")
         elif name in READ_ELSEWHERE and library in ("diffusers", "transformers"):
             continue
         elif name not in known or library != known[name][0] or class_name not in known[name][1]:

@@ -117,6 +117,8 @@ class CLIPTokenizer:
             vocab, merges, added = _read(folder)
             pad = pad["content"] if isinstance(pad, dict) else pad or EOS
             return cls(vocab, merges, min(window, max_length or window), pad, added)
+        except ModelError as error:
+            raise error if str(folder) in str(error) else ModelError(f"{folder}: {error}") from error
         except (KeyError, TypeError, ValueError, OSError) as error:
             fault = f"{folder} holds no CLIP tokenizer that can be read ({error!r:.100})"
             raise ModelError(f"{fault}; fetch it again") from error
