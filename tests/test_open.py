@@ -57,7 +57,8 @@ def test_a_single_file_is_a_model(run, narrow, sd1):
     assert run("generate", *DRAW, "--model", "folder", "-o", "b.png").code == 0
     assert np.array_equal(pixels("a.png"), pixels("b.png"))
     torch.save({"state_dict": load_file(sd1), "epoch": 3}, "sd1.ckpt")
-    refused(run("generate", *DRAW, "--model", "sd1.ckpt", "-o", "c.png"), 1, "pickled PyTorch checkpoint", "--allow-pickle")
+    done = run("generate", *DRAW, "--model", "sd1.ckpt", "-o", "c.png")
+    refused(done, 1, "pickled PyTorch checkpoint", "--allow-pickle")
     assert run("generate", *DRAW, "--model", "sd1.ckpt", "--allow-pickle", "-o", "c.png").code == 0
     assert np.array_equal(pixels("a.png"), pixels("c.png"))
     recipes = [json.loads(texts_in(name)["ldm"])["components"] for name in ("a.png", "b.png", "c.png")]

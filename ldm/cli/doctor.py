@@ -2,10 +2,8 @@
 
 import json
 import os
-import platform
 import sys
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -16,8 +14,9 @@ from ldm.errors import LdmError
 
 PACKAGES = {  # package -> what it is for; those marked * are needed to draw
     "torch": "*", "numpy": "*", "safetensors": "*", "tokenizers": "*", "pillow": "*", "typer": "*", "rich": "*",
-    "pyyaml": "configurations", "pydantic": "training", "accelerate": "training", "matplotlib": "curves and plots",
-    "transformers": "tests", "diffusers": "tests",
+    "huggingface_hub": "models of the hub", "pyyaml": "configurations", "pydantic": "training",
+    "accelerate": "training", "matplotlib": "curves and plots", "transformers": "T5 and BERT, tests",
+    "diffusers": "tests",
 }  # fmt: skip
 MIB = 2**20
 
@@ -47,6 +46,9 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="the same as a J
 
 def software() -> Iterator[Finding]:
     """Versions of Python, ldm and the packages beside it."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
     yield Finding("ldm", __version__)
     yield Finding("python", platform.python_version(), sys.version_info < (3, 11))
     for name, purpose in PACKAGES.items():

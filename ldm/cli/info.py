@@ -1,6 +1,5 @@
 """`ldm info`: what a model, a file of weights or a picture is, from what stands in its header; nothing is loaded."""
 
-import hashlib
 import json
 import math
 import re
@@ -316,8 +315,9 @@ def digest(path: Path, hashed: bool) -> Rows:
     size = path.stat().st_size
     if size > QUICK and not hashed:
         return {"bytes": size, "sha256": None}
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    from ldm.checkpoints.safe import file_sha256
+
+    found = file_sha256(path)
     return {"bytes": size, "sha256": found, "short hash": found[:10]}
 
 

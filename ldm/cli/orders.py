@@ -2,7 +2,6 @@
 files of prompts, standard input. Later places win. Imports nothing heavy.
 """
 
-import secrets
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -121,6 +120,8 @@ def combined(order: Request) -> Request:
     own = negatives if len(negatives) == len(order.prompts) > 1 else negatives[:1] * len(order.prompts)
     n, name = order.num_images_per_prompt, "variation_seed" if order.variation_strength else "seed"
     if getattr(order, name) is None:
+        import secrets
+
         order = make_request(order, {name: secrets.randbelow(2**32)})
     numbers = (order.variation_seeds if order.variation_strength else order.seeds)(n * len(order.prompts)) or ()
     texts, asides, counted = [], [], list[int]()

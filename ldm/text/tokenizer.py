@@ -7,7 +7,7 @@ Reads and writes the folders of transformers' CLIPTokenizer and gives the same i
 import gzip
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain, count, takewhile
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -53,14 +53,17 @@ class CLIPTokenizer:
         self.vocab, self.merges, self.max_length, self.pad = dict(vocab), list(merges), max_length, pad
         self.added = dict(added or {})
         known = self.vocab | self.added
-        absent = {BOS, EOS, pad, *chain(*self.merges), *map("".join, self.merges)} - known.keys()
-        if absent:
+        if absent := {BOS, EOS, pad} - known.keys():
             raise ModelError(f"the tokenizer's vocabulary has no token {min(absent)!a:.60}; it is not one of CLIP")
         if max_length < 3:
             raise ModelError(f"a tokenizer window of {max_length} tokens; it takes at least 3 to hold any text")
         self.bos_id, self.eos_id, self.pad_id = known[BOS], known[EOS], known[pad]
         self._stands_for = _runs(self.added)
-        self._tokenizer = _backend(self.vocab, self.merges)
+        try:
+            self._tokenizer = _backend(self.vocab, self.merges)
+        except Exception as error:  # the package has no finer one; it looks every merge up
+            fault = f"the tokenizer's vocabulary has no token that its merges make ({error!s:.100})"
+            raise ModelError(f"{fault}; it is not one of CLIP") from error
         for token in dict.fromkeys((BOS, EOS, pad)):
             self._tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True)])
         for token in sorted(self.added.keys() - {BOS, EOS, pad}, key=self.added.__getitem__):
