@@ -54,6 +54,7 @@ def open_model(
             name, revision=revision, local_files_only=local_files_only, variant=variant, allow_pickle=allow_pickle
         )
     whole = open_folder(folder, dtype, device, variant, allow_pickle, safety_checker)
+    whole = whole if Path(name).is_dir() else replace(whole, name=str(name))  # the cache's folder is a commit
     return whole if vae is None else _with_vae(whole, vae, allow_pickle)
 
 

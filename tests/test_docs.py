@@ -6,9 +6,11 @@ import json
 import re
 import runpy
 import shlex
+import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,13 +18,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
+from singles import model_of, single_state, small_family, write
 from typer.main import get_command
 
 import ldm
 import ldm.training.loop  # docs/api.py loads it: its packages' own warnings are no fault of the page
 from ldm import infotext
-from ldm.checkpoints.folder import open_folder
+from ldm.checkpoints.families import FAMILIES, Family
+from ldm.checkpoints.folder import open_folder, save_folder
+from ldm.checkpoints.safe import MANIFEST
+from ldm.checkpoints.single_file import open_single_file
 from ldm.cli import app
+from ldm.models.clip import CLIPVisionConfig
+from ldm.models.safety import SafetyChecker, SafetyConfig
 from ldm.recipe import NOT_KEPT, Recipe, read
 from ldm.request import Request
 from ldm.schedulers import SCHEDULERS
@@ -56,6 +65,10 @@ BESIDE_STEPS = {  # what stages compute beside their steps
     "ldm.training.denoiser.HELD_OUT_SCENES": 16,
     "ldm.training.first_stage.SCALE_SCENES": 64,
 }
+
+NARROW = {"model": "sd1", "sdxl-base": "sdxl", "sdxl-refiner": "sdxl-refiner"}  # the pages' single files
+ON_THE_HUB = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+OWN = (*(f"{stem}.safetensors" for stem in NARROW), "model-folder", "model-fp16.safetensors", ON_THE_HUB)
 
 
 class Block(NamedTuple):
@@ -100,11 +113,62 @@ COMMANDS = leaves(get_command(app))
 FLAG = re.compile(r"(?<![\w-])(--[a-z][a-z-]*[a-z]|--?[a-z])(?![\w-])")
 
 
+def pictured_small(family: Family) -> Family:
+    """A family whose pictures are 64 pixels wide."""
+    unet = family.parts["unet"]
+    return replace(family, parts={**family.parts, "unet": unet._replace(config=replace(unet.config, sample_size=8))})
+
+
+@pytest.fixture(scope="session")
+def narrow() -> dict[str, Family]:
+    """The families of the pages' files with narrow networks and small pictures."""
+    return {name: pictured_small(small_family(name)) for name in NARROW.values()}
+
+
+@pytest.fixture(scope="session")
+def owned(tmp_path_factory, narrow) -> Path:
+    """The files that a reader of the pages has, with random numbers and under the names that the pages use; and as
+    hub/ the hub's cache with the model that they fetch.
+    """
+    folder = tmp_path_factory.mktemp("owned")
+    for stem, family in NARROW.items():
+        write(folder / f"{stem}.safetensors", single_state(family, model_of(narrow[family], 4)))
+    state = load_file(folder / "model.safetensors")
+    torch.save({"state_dict": state, "epoch": 3}, folder / "model.ckpt")
+    vae = {name: value for name, value in state.items() if name.startswith("first_stage_model.")}
+    vae["first_stage_model.decoder.conv_out.bias"] += 0.25
+    write(folder / "vae.safetensors", vae)
+    write(folder / "owlish.safetensors", {"<owlish>": torch.randn(2, 16)})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(FAMILIES, "sd1", narrow["sd1"])
+        components = open_single_file(folder / "model.safetensors")
+    checker = SafetyChecker(SafetyConfig(CLIPVisionConfig(32, 64, 16, 2, 4, 3, 24, 8, "quick_gelu", 1e-5)))
+    for values in (checker.concept_embeds_weights, checker.special_care_embeds_weights):
+        values.data.fill_(1)  # a cosine above it, which is none: nothing is flagged
+    components.safety_checker = checker
+    save_folder(components, folder / "downloaded-model", torch.float32)
+    (folder / "downloaded-model" / MANIFEST).unlink()
+    repository = folder / "hub" / f"models--{ON_THE_HUB.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0123456789abcdef0123456789abcdef01234567")
+    save_folder(components, repository / "snapshots" / "0123456789abcdef0123456789abcdef01234567", variant="fp16")
+    return folder
+
+
 @pytest.fixture
-def place(run, tmp_path, monkeypatch, model) -> Iterator[Path]:
-    """An empty folder with configs and weights in it, where a small model is the model in the box."""
+def place(run, tmp_path, monkeypatch, model, narrow, owned) -> Iterator[Path]:
+    """A folder with configs, weights and a reader's own files in it, where a small model is the model in the box, and
+    the published families are narrow.
+    """
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "weights").symlink_to(model)
+    for file in owned.iterdir():
+        if file.is_file():
+            (tmp_path / file.name).symlink_to(file)
+    shutil.copytree(owned / "downloaded-model", tmp_path / "downloaded-model")
+    for name, family in narrow.items():
+        monkeypatch.setitem(FAMILIES, name, family)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(owned / "hub"))
     monkeypatch.setattr("ldm.sources.model_in_the_box", lambda: model)
     monkeypatch.setattr("ldm.evaluation.alignment.first_stage_psnr", lambda *_: 12.5)
     monkeypatch.setattr("ldm.training.loop.plot", lambda *_: None)
@@ -123,14 +187,25 @@ def made_small(words: list[str]) -> list[str]:
     if words[0] == "train":
         settings = [*TINY, "corpus.size=16", *TINY_STAGES[words[1]]]
         return [*words, *(word for setting in settings for word in ("--set", setting))]
+    if words[0] == "generate" and {*OWN} & {*words}:
+        return [*words, "--steps", "5"]  # the last one typed counts
     return [*words, "-n", "2", "--steps", "1"] if words[0] == "eval" else words
 
 
+def assignments(words: list[str]) -> list[str]:
+    """The variables that are set before a command."""
+    return list(takewhile(re.compile(r"[A-Z_]+=").match, words))
+
+
 def execute(words: list[str], run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A command of ldm with its redirections; it must succeed."""
+    """A command of ldm with its redirections, in the environment that stands before it; it must succeed."""
+    before = assignments(words)
+    words = words[len(before) :]
     signs = {sign: words[words.index(sign) + 1] for sign in "<>" if sign in words}
     typed = words[1 : min((words.index(sign) for sign in signs), default=len(words))]
     with monkeypatch.context() as patch:
+        for assignment in before:
+            patch.setenv(*assignment.split("=", 1))
         if "<" in signs:
             patch.setattr("sys.stdin", io.StringIO(Path(signs["<"]).read_text("utf-8")))
         done = run(*made_small(typed))
@@ -153,10 +228,11 @@ def test_a_page_works_as_it_stands(page, place, run, monkeypatch, request):
         elif block.kind == "python":
             exec(compile("\n" * block.line + block.text, f"docs/{page}", "exec"), names)
         for words in commands(block):
-            if words[0] != "ldm":
-                assert words[0] in ("make", "python"), words
+            program, *typed = words[len(assignments(words)) :]
+            if program != "ldm":
+                assert program in ("make", "python"), words
                 continue
-            if words[1] in NEED_FONT:
+            if typed[0] in NEED_FONT:
                 request.getfixturevalue("noto_font")
             execute(words, run, monkeypatch)
 

@@ -7,7 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from PIL import Image
+from singles import model_of, single_state, small_family, write
+
+from ldm.checkpoints.families import FAMILIES
+from ldm.checkpoints.safe import read_header
+from ldm.cli import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -16,6 +22,7 @@ COMMANDS = [
     shlex.split(line, comments=True) for kind, text in BLOCKS if kind == "sh" for line in text.splitlines() if line
 ]
 HOURS = ("train",)  # its configs and options are tested on runs of their own
+OWN = "model.safetensors"  # a file that the reader has
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -42,7 +49,7 @@ def test_the_python_example_draws(tmp_path, monkeypatch):
 def test_the_commands_run(tmp_path, monkeypatch, noto_font):
     """One after the other in one folder, as a reader types them; every path that is printed is a file."""
     monkeypatch.chdir(tmp_path)
-    typed = [command for command in COMMANDS if command[0] == "ldm" and command[1] not in HOURS]
+    typed = [command for command in COMMANDS if command[0] == "ldm" and command[1] not in HOURS and OWN not in command]
     assert len(typed) >= 8
     for command in typed:
         done = run("-m", *command)
@@ -50,6 +57,23 @@ def test_the_commands_run(tmp_path, monkeypatch, noto_font):
         if command[1] in ("generate", "grid", "gallery", "data") and "--help" not in command:
             assert done.stdout and all(Path(line).is_file() for line in done.stdout.splitlines()), command
     assert {"owl.png", "owl.strip.png", "owl.gif", "gallery.html"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_the_commands_run_with_a_model_of_ones_own(tmp_path, monkeypatch):
+    """With a narrow Stable Diffusion 1 under the name of the reader's file: a picture, and a folder in fp16."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(FAMILIES, "sd1", small_family("sd1"))
+    write(tmp_path / OWN, single_state("sd1", model_of(FAMILIES["sd1"], 4)))
+    typed = [command for command in COMMANDS if OWN in command]
+    assert [command[1] for command in typed] == ["generate", "convert"]
+    for _, *words in typed:
+        with pytest.raises(SystemExit) as end:
+            main([*words, *(["--size", "64", "--steps", "2"] if words[0] == "generate" else [])])
+        assert not end.value.code, words
+    with Image.open("lighthouse.png") as image:
+        assert image.size == (64, 64) and "model" in image.info["ldm"]
+    header = read_header(tmp_path / "model-folder/unet/diffusion_pytorch_model.safetensors")
+    assert {str(entry.dtype) for entry in header.tensors.values()} == {"torch.float16"}
 
 
 def test_every_command_and_target_is_real():

@@ -89,7 +89,7 @@ def open_folder(
     if not safety_checker:
         classes.pop("safety_checker", None)
     files = _files_of(path, classes, variant, allow_pickle)
-    parts = {name: _network(path / name, classes[name], files[name][0], dtype, device) for name in files}
+    parts = {name: open_network(path / name, classes[name], files[name][0], dtype, device) for name in files}
     for name in [name for name in TOKENIZERS if name in classes]:
         if TOKENIZERS[name] not in parts:
             raise ModelError(f"{path} has {name}/ and no {TOKENIZERS[name]}/; {CONTENTS}")
@@ -132,10 +132,12 @@ def _files_of(
     return found
 
 
-def _network(
+def open_network(
     folder: Path, class_name: str, files: list[Path], dtype: torch.dtype | None, device: str | torch.device
 ) -> Any:
-    """A network with the weights of these files, in eval mode."""
+    """The network of a component's folder, of a class of CLASSES, with the weights of these files (those of
+    `find_weights`), in eval mode. ModelError: its config.json is not ours to compute, or the weights do not fit it.
+    """
     with ExitStack() as opened:  # what a pickle was converted to is gone afterwards
         weights = [_readable(file, opened) for file in files]
         if class_name in KINDS:

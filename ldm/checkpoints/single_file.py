@@ -4,8 +4,8 @@ All that such a file does not say, configurations, tokenizer and scheduler, come
 nothing is fetched. Also VAEs and TAESDs in files of their own.
 """
 
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoints.components import CLASSES, TOKENIZERS, Components, build, check_fit
+from ldm.checkpoints.components import CLASSES, TOKENIZERS, Components, check_fit
 from ldm.checkpoints.families import (
     FAMILIES,
     HARMLESS,
@@ -26,8 +26,8 @@ from ldm.checkpoints.families import (
     Family,
     recognise,
 )
-from ldm.checkpoints.folder import find_weights
-from ldm.checkpoints.load import Bare, Piece, Wanted, check, listed, load_into, load_pieces
+from ldm.checkpoints.folder import find_weights, open_network
+from ldm.checkpoints.load import Bare, Piece, Wanted, check, listed, load_pieces
 from ldm.checkpoints.safe import Header, atomic_save_safetensors, read_header, read_json
 from ldm.checkpoints.spelling import Part, Rule, Spelling, located, spelled, taesd_rules
 from ldm.errors import ModelError, NumericalError, UsageError
@@ -214,8 +214,9 @@ def open_vae(
     """
     path = Path(path)
     if path.is_dir():
-        return _vae_of_folder(path, dtype, device)
-    with _safetensors(path, allow_pickle) as file:
+        return _vae_of_folder(path, dtype, device, allow_pickle)
+    with ExitStack() as opened:
+        file = opened.enter_context(_safetensors(path, allow_pickle))
         header = read_header(file)
         facts = recognise(header)
         if facts.family is not None:
@@ -225,29 +226,31 @@ def open_vae(
             raise ModelError(f"{path} is {facts.what}, not a VAE; {facts.advice}")
         deep = any("encoder.down.3." in name or "encoder.down_blocks.3." in name for name in header.tensors)
         config = config or VAES["sd" if deep else "x4-upscaler"]
-        plan = _tiny(path, file, header) if facts.what == TINY else _plan(file, header, Part(config, VAE_ALONE))
+        if facts.what == TINY:
+            plan = _tiny(path, file, header, lambda twin: opened.enter_context(_safetensors(twin, allow_pickle)))
+        else:
+            plan = _plan(file, header, Part(config, VAE_ALONE))
         _checked(header, [plan], f"{path} is {facts.what} with other keys than those have")
         load_pieces(plan.model, plan.pieces, dtype, device)
     return plan.model.eval()  # type: ignore[return-value]
 
 
-def _vae_of_folder(path: Path, dtype: torch.dtype | None, device: str | torch.device) -> VAE:
+def _vae_of_folder(path: Path, dtype: torch.dtype | None, device: str | torch.device, allow_pickle: bool) -> VAE:
     folder = path / "vae" if (path / "vae").is_dir() else path
     config = read_json(folder / "config.json")
     name = str(config.get("_class_name"))
     if name not in ("AutoencoderKL", "AutoencoderTiny"):
         raise ModelError(f"{folder} holds a {name!a:.60}; a VAE is an AutoencoderKL or AutoencoderTiny")
-    files = find_weights(folder, CLASSES[name].stem, None)
+    files = find_weights(folder, CLASSES[name].stem, None, allow_pickle)
     if files is None:
         raise ModelError(f"{folder} has no {CLASSES[name].stem}.safetensors; fetch it")
-    with Bare():
-        model = build(name, config)
-    load_into(model, files[0], dtype, device)
-    return model.eval()  # type: ignore[return-value]
+    return open_network(folder, name, files[0], dtype, device)  # type: ignore[no-any-return]
 
 
-def _tiny(path: Path, file: Path, header: Header) -> Plan:
-    """A TAESD; of its authors' two files, the other one is looked for beside `path`, whose contents `file` holds."""
+def _tiny(path: Path, file: Path, header: Header, readable: Callable[[Path], Path]) -> Plan:
+    """A TAESD; of its authors' two files, the other one is looked for beside `path`, whose contents `file` holds.
+    readable: the other one as safetensors.
+    """
     config = TinyVAEConfig()
     if "3.conv.0.weight" not in header.tensors:
         return _plan(file, header, Part(config, TAESD))
@@ -260,7 +263,8 @@ def _tiny(path: Path, file: Path, header: Header) -> Plan:
     alone = Part(config, (Spelling("", lambda c: taesd_rules(c, "", "")),))
     model, rules, _ = _plan(file, header, alone)
     pieces: dict[str, Piece] = {}
-    for half, source, found in ((here, file, header), (there, twin, read_header(twin))):
+    other = readable(twin)
+    for half, source, found in ((here, file, header), (there, other, read_header(other))):
         pieces |= _pieces(source, found, {key: rule for key, rule in rules.items() if key.startswith(half)})
         header.tensors.update(found.tensors)  # for the names that neither half knows
     return Plan(model, rules, pieces)
@@ -271,18 +275,15 @@ def family_of(components: Components) -> str:
     file holds no configuration, so only what the published models have in common can be told from it.
     """
     networks = {name: network for name, network in components.networks.items() if name != "safety_checker"}
-    told = "the model to save"
+    told, fewest = "the model to save", len(networks)
     for key, family in FAMILIES.items():
         if family.parts.keys() != networks.keys() or components.unet.config.in_channels not in family.channels:
             continue
         others = [name for name, part in family.parts.items() if not _alike(networks[name].config, part.config)]
         if not others:
             return key
-        told = (
-            f"the model to save has another {' and '.join(others)} than {family.title}"
-            if others != [*networks]
-            else told
-        )
+        if len(others) < fewest:
+            told, fewest = f"the model to save has another {' and '.join(others)} than {family.title}", len(others)
     raise ModelError(
         f"{told} and is of no family whose single files say what it is ({', '.join(FAMILIES)}); save a folder instead"
     )

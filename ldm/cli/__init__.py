@@ -116,7 +116,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def helped(command: Any, words: Sequence[str]) -> bool:
-    """Whether the words are `[COMMAND ...] --help`, whose page is then shown: without the parser, for what that loads to
+    """Whether the words are `[COMMAND ...] --help`, whose page is then shown: without the parser, for what it loads to
     read values is a third of the cost.
     """
     context, rest = typer.Context(command, info_name="ldm"), list(words)

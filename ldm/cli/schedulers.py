@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ldm.cli.common import Model, needs, refuse_unwritable, whole
+from ldm.cli.common import needs, refuse_unwritable, whole
 from ldm.errors import choose
 
 PLOTTED = (".png", ".svg", ".pdf")
@@ -16,7 +16,9 @@ def schedulers(
         Path | None, typer.Option("--plot", metavar="FILE", help="draw the noise levels each visits (.png, .svg, .pdf)")
     ] = None,
     steps: Annotated[int, typer.Option("--steps", parser=whole(1, 1000), metavar="N", help="of the plot's runs")] = 20,
-    model: Model = None,
+    model: Annotated[
+        Path | None, typer.Option("--model", metavar="FOLDER", help="model folder; absent = the model in the box")
+    ] = None,
 ) -> None:
     """List the schedulers, their other names and what they are."""
     from rich.console import Console
@@ -37,7 +39,7 @@ def schedulers(
     Console(markup=False, highlight=False).print(table)
 
 
-def plot_levels(path: Path, steps: int, model: str | None) -> None:
+def plot_levels(path: Path, steps: int, model: Path | None) -> None:
     """The noise levels (sigma, logarithmic) of every scheduler's run on a model's schedule, as a figure."""
     import io
 
@@ -51,7 +53,7 @@ def plot_levels(path: Path, steps: int, model: str | None) -> None:
     from ldm.schedulers import SCHEDULERS, from_config
     from ldm.sources import model_in_the_box
 
-    config = read_json((Path(model) if model else model_in_the_box()) / SCHEDULER)
+    config = read_json((model or model_in_the_box()) / SCHEDULER)
     figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
     for i, name in enumerate(SCHEDULERS):
         sampling = from_config(config, name)
