@@ -47,9 +47,7 @@ class Result:
     seeds: tuple[int, ...]  # of each picture; () where the noise came from `generator`
     request: Request
     latents: Tensor  # [B, C, H, W] float32, in the network's frame (scaled, as the VAE's decode takes them)
-    flagged: tuple[
-        bool, ...
-    ] = ()  # the safety checker's verdict on each picture, where the model has one; such are black
+    flagged: tuple[bool, ...] = ()  # verdicts of the safety checker, where there is one; such pictures are black
 
 
 class Pipeline:
