@@ -46,15 +46,16 @@ def open_model(
         from ldm.checkpoints.single_file import open_single_file
 
         return open_single_file(name, dtype, device, vae=vae, allow_pickle=allow_pickle)
-    folder = Path(name)
-    if not folder.is_dir():
+    if Path(name).is_dir():
+        whole = open_folder(name, dtype, device, variant, allow_pickle, safety_checker)
+    else:
         from ldm.checkpoints.hub import folder_of
 
         folder = folder_of(
             name, revision=revision, local_files_only=local_files_only, variant=variant, allow_pickle=allow_pickle
         )
-    whole = open_folder(folder, dtype, device, variant, allow_pickle, safety_checker)
-    whole = whole if Path(name).is_dir() else replace(whole, name=str(name))  # the cache's folder is a commit
+        whole = open_folder(folder, dtype, device, variant, allow_pickle, safety_checker)
+        whole = replace(whole, name=str(name))  # the cache's folder is called by a commit
     return whole if vae is None else _with_vae(whole, vae, allow_pickle)
 
 

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import numpy as np
 import pytest
 import torch
-from helpers import Done, small_model
+from helpers import Done, small_model, without_sockets
 
 from ldm.checkpoints.components import Components
 from ldm.checkpoints.folder import open_folder
@@ -43,6 +44,35 @@ def fixed_seed() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Networks as small as those of tests only lose time to a second one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def no_sockets(monkeypatch) -> None:
+    """No other machine can be reached."""
+    without_sockets(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """The system's chromium, worked by playwright; skipped where one of them is absent."""
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+    executable = shutil.which("chromium")
+    if executable is None:
+        pytest.skip("no chromium on this machine: apt-get install chromium")
+    options = ["--no-sandbox"] if os.geteuid() == 0 else []  # chromium refuses root with its sandbox
+    with api.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=executable, args=options)
+        yield opened
+        opened.close()
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -38,6 +39,21 @@ def refused(done: Done, code: int, *said: str) -> None:
     assert "Traceback" not in done.err
     for words in said:
         assert words in done.err, (words, done.err)
+
+
+def without_sockets(patch: pytest.MonkeyPatch) -> None:
+    """Every attempt to reach another machine, or to look one up, fails, also where nobody asked to stay offline."""
+
+    def refuse(*arguments: object, **_: object) -> None:
+        raise AssertionError(f"a socket was used: {arguments!r:.200}")
+
+    for name in ("connect", "connect_ex", "bind", "sendto", "sendmsg"):
+        patch.setattr(f"socket.socket.{name}", refuse)
+    for name in ("create_connection", "getaddrinfo", "gethostbyname", "socketpair"):
+        patch.setattr(f"socket.{name}", refuse)
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        patch.delenv(name, raising=False)
+    patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
 
 
 def pixels(path: Path | str) -> np.ndarray:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -68,6 +69,12 @@ def small_family(name: str) -> Family:
         (preset,) = [key for key, config in TEXT_ENCODERS.items() if config == family.parts[part].config]
         configs[part] = SMALL[preset]
     return replace(family, parts={key: part._replace(config=configs[key]) for key, part in family.parts.items()})
+
+
+def narrow_families(patch: pytest.MonkeyPatch) -> None:
+    """Narrow networks in place of the published ones."""
+    for name in list(FAMILIES):
+        patch.setitem(FAMILIES, name, small_family(name))
 
 
 class Model(NamedTuple):

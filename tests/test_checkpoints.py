@@ -43,16 +43,8 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # the other libraries' own deprecations while they import
     import diffusers
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Networks this small only lose time to a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def packed(header: object, data: bytes = bytes(8)) -> bytes:

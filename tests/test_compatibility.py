@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -24,8 +23,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # for the one who runs this file
 
 import pytest
 import torch
+from helpers import without_sockets
 from safetensors.torch import load_file, save_file
-from singles import LISTS, Model, model_of, single_state, small_family, write
+from singles import LISTS, Model, model_of, narrow_families, single_state, write
 from torch import Tensor, nn
 
 from ldm.checkpoints.families import FAMILIES
@@ -591,9 +591,10 @@ def parsed(page: str) -> Cells:
     for line in page.splitlines():
         if not line.startswith("|"):
             head = []
+        if not line.startswith("|") or line.startswith("|---"):
             continue
         first, *rest = [cell.strip() for cell in line.strip("|").split(" | ")]
-        for packing, cell in zip(head, rest, strict=False):
+        for packing, cell in zip(head, rest, strict=True) if head else ():
             number = re.fullmatch(r"refused \((\d+)\)", cell)
             cells[first, packing] = f"refused: {sentences[number[1]]}" if number else cell
         head = head or rest
@@ -604,17 +605,12 @@ def parsed(page: str) -> Cells:
 def setting() -> Iterator[None]:
     """Narrow networks in place of the published ones, one thread, a tokenizer built once, and no network."""
 
-    def no_network(*_: object) -> None:
-        raise AssertionError("a connection was asked for")
-
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        for name in list(FAMILIES):
-            patch.setitem(FAMILIES, name, small_family(name))
+        narrow_families(patch)
         patch.setattr(CLIPTokenizer, "standard", cache(CLIPTokenizer.standard))
-        patch.setattr(socket.socket, "connect", no_network)
-        patch.setattr(socket, "getaddrinfo", no_network)
+        without_sockets(patch)
         yield
     torch.set_num_threads(before)
 

@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -87,19 +86,6 @@ def test_styles_load_nothing_from_elsewhere(site: Path) -> None:
 def test_every_page_is_there_and_nothing_of_the_workshop(site: Path) -> None:
     assert sorted(path.stem for path in site.glob("*.html")) == sorted([*PAGES, "404"])
     assert list(site.rglob("*.py")) == [] and list(site.rglob("*.md")) == []
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
-    executable = shutil.which("chromium")
-    if executable is None:
-        pytest.skip("no chromium on this machine: apt-get install chromium")
-    options = ["--no-sandbox"] if os.geteuid() == 0 else []  # chromium refuses root with its sandbox
-    with api.sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=executable, args=options)
-        yield opened
-        opened.close()
 
 
 @pytest.mark.parametrize("width", [1280, 390])

@@ -2,8 +2,8 @@
 guided runs are those of diffusers' own pipelines.
 """
 
+import inspect
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,12 @@ import pytest
 import torch
 import transformers
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from singles import CASES, model_of, narrow_families, single_state, write
 from torch import Tensor
 
+from ldm.checkpoints.families import FAMILIES
+from ldm.checkpoints.folder import save_folder
+from ldm.checkpoints.single_file import open_single_file
 from ldm.errors import UsageError
 from ldm.pipeline import Pipeline
 from ldm.request import Request
@@ -26,7 +30,10 @@ CROSS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
 SIDE = 64
 NEAR = 1e-4  # of the largest value
 # What stock diffusers says of itself, nothing of ours.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword"),
+]
 UNETS: dict[str, dict[str, Any]] = {  # the true topologies, narrower
     "sd1": {"attention_head_dim": 4, "cross_attention_dim": 32, "sample_size": 8,
             "down_block_types": (CROSS, CROSS, CROSS, PLAIN), "block_out_channels": (32, 32, 64, 64)},
@@ -46,15 +53,6 @@ UNETS: dict[str, dict[str, Any]] = {  # the true topologies, narrower
 }  # fmt: skip
 SHARED = {"layers_per_block": 2, "norm_num_groups": 16}
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Networks as small as these only wait for a second one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def unet(family: str) -> diffusers.UNet2DConditionModel:
@@ -265,3 +263,14 @@ def test_the_safety_checker_is_honoured(stock, tmp_path):
     again.set_progress_bar_config(disable=True)
     verdicts = again(PROMPTS * 2, **options, generator=noise(1, 2, 3, 4)).nsfw_content_detected
     assert verdicts == expected.nsfw_content_detected
+
+
+@pytest.mark.parametrize(("family", "channels"), CASES)
+def test_stock_diffusers_ignores_nothing_that_we_write(family, channels, monkeypatch, tmp_path):
+    """Every entry of model_index.json is a parameter of the pipeline that it names."""
+    narrow_families(monkeypatch)
+    path = write(tmp_path / "x.safetensors", single_state(family, model_of(FAMILIES[family], channels)))
+    save_folder(open_single_file(path), tmp_path / "model", None)
+    index = json.loads((tmp_path / "model/model_index.json").read_text())
+    takes = inspect.signature(getattr(diffusers, index["_class_name"]).__init__).parameters.keys()
+    assert {entry for entry in index if not entry.startswith("_")} <= takes

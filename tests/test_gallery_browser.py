@@ -26,18 +26,6 @@ SHOWN = "#list li"
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    executable = shutil.which("chromium")
-    if executable is None:
-        pytest.skip("no chromium on this machine: apt-get install chromium")
-    options = ["--no-sandbox"] if os.geteuid() == 0 else []  # chromium refuses root with its sandbox
-    with api.sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=executable, args=options)
-        yield opened
-        opened.close()
-
-
-@pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four pictures with hostile prompts and names, and their page."""
     place = tmp_path_factory.mktemp("gallery")

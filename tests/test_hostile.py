@@ -920,22 +920,6 @@ def test_every_flipped_bit_is_found_by_the_manifest(model, tmp_path, count: int)
 # -- without a network ------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def no_sockets(monkeypatch) -> None:
-    """Every attempt to reach another machine, or to look one up, fails."""
-
-    def refuse(*arguments: object, **_: object) -> None:
-        raise AssertionError(f"a socket was used: {arguments!r:.200}")
-
-    for name in ("connect", "connect_ex", "bind", "sendto", "sendmsg"):
-        monkeypatch.setattr(f"socket.socket.{name}", refuse)
-    for name in ("create_connection", "getaddrinfo", "gethostbyname", "socketpair"):
-        monkeypatch.setattr(f"socket.{name}", refuse)
-    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-
-
 def test_local_models_are_opened_without_sockets(no_sockets, model, tmp_path) -> None:
     """Folders, as they are and through the hub's door; single files and their configurations; a picture drawn."""
     from ldm.checkpoints.hub import folder_of

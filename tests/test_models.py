@@ -31,16 +31,8 @@ VISION_H = CLIPVisionConfig(
 )
 INPAINT = replace(UNETS["sd15"], in_channels=9)
 KL_F4 = VAEConfig(latent_channels=3, block_out_channels=(128, 256, 512))
+pytestmark = pytest.mark.usefixtures("one_thread")
 OURS = {UNetConfig: UNet, VAEConfig: AutoencoderKL, CLIPTextConfig: CLIPTextModel, CLIPVisionConfig: CLIPVisionModel}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Networks this small only lose time to a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def ours(config) -> nn.Module:

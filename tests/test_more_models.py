@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import socket
 import sys
 import types
 import warnings
@@ -37,24 +36,6 @@ with warnings.catch_warnings():
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Networks this small only lose time to a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def no_network(monkeypatch):
-    def refuse(*_args):
-        raise AssertionError("a connection was asked for")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-
-
 def shaken(model: nn.Module) -> nn.Module:
     """The network with random weights, no norm or bias left at its neutral value."""
     with torch.no_grad():
@@ -62,6 +43,8 @@ def shaken(model: nn.Module) -> nn.Module:
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model.eval()
 
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # ---- U-Nets ------------------------------------------------------------------------------------------------------
 
@@ -529,7 +512,7 @@ def fault(call) -> str:
 
 @pytest.mark.parametrize("mask", [False, True])
 @pytest.mark.parametrize("name", KINDS)
-def test_text_equals_transformers(tmp_path, no_network, name, mask):
+def test_text_equals_transformers(tmp_path, no_sockets, name, mask):
     """Bit for bit, one prompt a call, padded and cut to the window."""
     folder, them, tokenizer = folder_of(tmp_path, name, mask, model_max_length=7)
     us = opened(folder)
@@ -621,7 +604,8 @@ def test_text_moves_and_changes_type(tmp_path, name):
     us = opened(folder_of(tmp_path, name)[0], dtype=torch.bfloat16)
     assert us(["a taco"]).context.dtype == torch.bfloat16
     expected = opened(tmp_path)(["a taco"]).context
-    assert torch.allclose(us.to("cpu", torch.float32)(["a taco"]).context, expected, atol=0.1)
+    apart = (us.to("cpu", torch.float32)(["a taco"]).context - expected).abs().max() / expected.abs().max()
+    assert apart <= 0.02  # some roundings of 2^-9 each; 0.006 for T5 and 0.009 for BERT
 
 
 def test_t5_in_float16_equals_transformers(tmp_path):
@@ -671,7 +655,7 @@ def test_bert_refuses(tmp_path, change, said):
     assert said in fault(lambda: opened(folder))
 
 
-def test_config_can_switch_nothing(tmp_path, no_network):
+def test_config_can_switch_nothing(tmp_path, no_sockets):
     """Fields by which transformers would fetch or run code, and files that it would follow, change nothing."""
     folder, _, _ = folder_of(tmp_path, "BertModel")
     expected = opened(folder)(["a taco"]).context

@@ -2,7 +2,6 @@
 
 import json
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 from helpers import pixels, refused, small_model, texts_in
 from safetensors.torch import load_file, save_file
-from singles import model_of, single_state, small_family, write
+from singles import model_of, narrow_families, single_state, small_family, write
 from test_families_folders import NEGATIVE, SIDE, near, noise, theirs
 from torch import Tensor
 
@@ -43,8 +42,7 @@ def sd1(tmp_path_factory) -> Path:
 @pytest.fixture
 def narrow(monkeypatch) -> None:
     """Narrow networks in place of the published ones."""
-    for name in list(FAMILIES):
-        monkeypatch.setitem(FAMILIES, name, small_family(name))
+    narrow_families(monkeypatch)
 
 
 DRAW = ["an owl", "--seed", "7", "--steps", "2", "--size", "16", "--scheduler", "ddim"]
@@ -164,19 +162,6 @@ def test_bert_in_the_place_of_clip(tmp_path):
     assert near(
         Pipeline.from_pretrained(tmp_path / "ours", device="cpu")("a red owl", **options, seed=7).latents, expected
     )
-
-
-@pytest.fixture
-def no_sockets(monkeypatch) -> Iterator[None]:
-    """Any connection is a fault."""
-    import socket
-
-    def refuse(*_: object) -> None:
-        raise AssertionError("a local model was opened through the network")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    yield
 
 
 def test_local_models_open_without_a_network(narrow, no_sockets, sd1, tmp_path):

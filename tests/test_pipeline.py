@@ -30,7 +30,10 @@ from ldm.sources import model_in_the_box
 from ldm.text.tokenizer import CLIPTokenizer
 
 # numpy 2 and torch's tensors, in several schedulers of diffusers
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
+]
 OUTPUTS = ("pil", "pt", "np", "latent")
 CAPTIONS = ["a taco on a red background", "an owl on blue", "two owls and a pizza on a green background"] * 2
 SCHEDULER: dict[str, Any] = {
@@ -88,15 +91,6 @@ def components(**scheduler: Any) -> Components:
         SCHEDULER | scheduler,
         {"num_inference_steps": 4, "guidance_scale": 3.0},
     )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Networks as small as these only wait for a second one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -38,19 +38,13 @@ SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012
 SCHEDULE = NoiseSchedule.scaled_linear()
 KERNEL = torch.randn(4, 4, 3, 3, generator=torch.Generator().manual_seed(1)) * 0.25
 UNIT = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(2))
-pytestmark = [  # diffusers with numpy 2
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    # diffusers with numpy 2
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning"),
 ]
 Network = Callable[[Tensor, float], Tensor]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def network(x: Tensor, t: float) -> Tensor:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file
-from singles import CASES, Model, model_of, single_state, small_family, write, write_hollow
+from singles import CASES, Model, model_of, narrow_families, single_state, write, write_hollow
 from torch import Tensor
 
 from ldm.checkpoints.components import Components
@@ -66,8 +66,7 @@ def small():
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        for name in list(FAMILIES):
-            patch.setitem(FAMILIES, name, small_family(name))
+        narrow_families(patch)
         patch.setattr(CLIPTokenizer, "standard", cache(CLIPTokenizer.standard))
         yield
     torch.set_num_threads(before)

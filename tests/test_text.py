@@ -14,6 +14,7 @@ from ldm.models.clip import CLIPTextConfig, CLIPTextModel
 from ldm.text.encoder import Conditioning, TextEncoder
 from ldm.text.tokenizer import CLIPTokenizer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 WORDS = ["a", "the", "owl", "taco", "pizza", "banana", "red", "blue", "left", "right", "above", "of", "on", "three"]
 HOSTILE = [
     "",
@@ -32,15 +33,6 @@ HOSTILE = [
     "owl " * 200,
     "!" * 100,
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Networks this small only lose time to a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def captions(count: int, seed: int) -> list[str]:

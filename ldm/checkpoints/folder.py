@@ -28,7 +28,7 @@ from ldm.checkpoints.components import (
     class_of,
 )
 from ldm.checkpoints.load import Bare, load_into
-from ldm.checkpoints.pickles import as_safetensors, refuse_pickle
+from ldm.checkpoints.pickles import readable, refuse_pickle
 from ldm.checkpoints.safe import atomic_folder, atomic_json, read_json, write_manifest
 from ldm.checkpoints.shards import choose_file, read_index, save_sharded
 from ldm.errors import ModelError, NumericalError, UsageError
@@ -57,6 +57,15 @@ DEFAULTS = ("num_inference_steps", "guidance_scale", "height", "width", "schedul
 WRITTEN_FOR = "0.42.1"  # the version of diffusers whose form this is
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 PICKLED_STEMS = {MODEL: "pytorch_model"}  # where transformers calls a pickled file otherwise
+SD_ABSENT, XL_ABSENT = ("safety_checker", "feature_extractor", "image_encoder"), ("image_encoder", "feature_extractor")
+UPSCALER = "StableDiffusionUpscalePipeline"
+AESTHETIC = ("StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline")  # take the flag of that name
+ABSENT = {name: XL_ABSENT if is_xl else SD_ABSENT for (is_xl, _), names in PIPELINES.items() for name in names} | {
+    UPSCALER: ("safety_checker", "feature_extractor", "watermarker"),
+    "StableDiffusionXLImg2ImgPipeline": (*XL_ABSENT, "text_encoder", "tokenizer"),
+    "StableDiffusionXLInstructPix2PixPipeline": (),
+}
+"""What a pipeline of diffusers looks for in model_index.json though it may be absent."""
 PREPROCESSOR = "feature_extractor/preprocessor_config.json"
 CONTENTS = (
     f"a model folder holds {INDEX}, {SCHEDULER}, tokenizer/ with tokenizer.json or vocab.json and merges.txt, "
@@ -139,7 +148,7 @@ def open_network(
     `find_weights`), in eval mode. ModelError: its config.json is not ours to compute, or the weights do not fit it.
     """
     with ExitStack() as opened:  # what a pickle was converted to is gone afterwards
-        weights = [_readable(file, opened) for file in files]
+        weights = [opened.enter_context(readable(file, file.suffix in PICKLES)) for file in files]
         if class_name in KINDS:
             return TransformersText.from_folder(folder, folder.parent / "tokenizer", dtype, device, weights)
         network = _built(folder / "config.json", class_name)
@@ -158,11 +167,6 @@ def _built(path: Path, class_name: str) -> Any:
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"{path} describes no network that can be built ({reason!a}); correct it") from error
-
-
-def _readable(file: Path, opened: ExitStack) -> Path:
-    """The file, or for as long as `opened` what a pickle says as safetensors."""
-    return opened.enter_context(as_safetensors(file)) if file.suffix in PICKLES else file
 
 
 def _parts_of(index: Json, path: Path) -> tuple[dict[str, str], list[str]]:
@@ -280,24 +284,23 @@ def save_folder(
 
 
 def _index(components: Components) -> Json:
-    """model_index.json, with every entry that diffusers' pipeline of this name looks for."""
-    optional = ["image_encoder", "feature_extractor"]
-    flags: Json = {"requires_safety_checker": components.safety_checker is not None}
+    """model_index.json, with the entries that diffusers' pipeline of this name looks for, and no others."""
+    name = components.pipeline
+    classes = {part: class_of(network) for part, network in components.networks.items()}
+    index: Json = {"_class_name": name, "_diffusers_version": WRITTEN_FOR} | {key: [None, None] for key in ABSENT[name]}
+    if "safety_checker" in index and name != UPSCALER:
+        index["requires_safety_checker"] = components.safety_checker is not None
     if components.is_xl:
-        flags = {name: components.flags.get(name, False) for name in FLAGS}
-        optional += ["text_encoder", "tokenizer"]
-    else:
-        optional += ["safety_checker"]
-    index: Json = {"_class_name": components.pipeline, "_diffusers_version": WRITTEN_FOR}
-    index |= {name: [None, None] for name in optional} | flags
-    classes = {name: class_of(network) for name, network in components.networks.items()}
-    index |= {name: [CLASSES[class_name].library, class_name] for name, class_name in classes.items()}
-    for name, encoder in TOKENIZERS.items():
+        index[FLAGS[0]] = components.flags.get(FLAGS[0], False)
+    if name in AESTHETIC:
+        index[FLAGS[1]] = components.flags.get(FLAGS[1], False)
+    index |= {part: [CLASSES[class_name].library, class_name] for part, class_name in classes.items()}
+    for part, encoder in TOKENIZERS.items():
         if encoder in classes:
-            index[name] = ["transformers", TOKENIZER_CLASSES[classes[encoder]][0]]
+            index[part] = ["transformers", TOKENIZER_CLASSES[classes[encoder]][0]]
     index |= {"feature_extractor": ["transformers", "CLIPImageProcessor"]} if components.safety_checker else {}
     schedulers = {"scheduler": components.scheduler_config, "low_res_scheduler": components.low_res_scheduler_config}
-    return index | {name: ["diffusers", config["_class_name"]] for name, config in schedulers.items() if config}
+    return index | {part: ["diffusers", config["_class_name"]] for part, config in schedulers.items() if config}
 
 
 def _finite(model: nn.Module, name: str, dtype: torch.dtype | None) -> dict[str, Tensor]:

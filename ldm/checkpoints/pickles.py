@@ -15,7 +15,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from io import BytesIO
 from pathlib import Path
 
@@ -95,6 +95,11 @@ def as_safetensors(path: str | Path) -> Iterator[Path]:
         except ModelError as error:
             raise ModelError(str(error).replace(str(target), f"{path}, converted,")) from error
         yield target
+
+
+def readable(path: str | Path, allow_pickle: bool) -> AbstractContextManager[Path]:
+    """The file itself, or where that is allowed `as_safetensors` of it, for as long as the context lasts."""
+    return as_safetensors(path) if allow_pickle else nullcontext(Path(path))
 
 
 def _convert(path: Path, target: Path, names: list[str]) -> None:

@@ -5,7 +5,7 @@ nothing is fetched. Also VAEs and TAESDs in files of their own.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from ldm.checkpoints.families import (
 )
 from ldm.checkpoints.folder import find_weights, open_network
 from ldm.checkpoints.load import Bare, Piece, Wanted, check, listed, load_pieces
+from ldm.checkpoints.pickles import readable
 from ldm.checkpoints.safe import Header, atomic_save_safetensors, read_header, read_json
 from ldm.checkpoints.spelling import Part, Rule, Spelling, located, spelled, taesd_rules
 from ldm.errors import ModelError, NumericalError, UsageError
@@ -84,7 +85,7 @@ def open_single_file(
     path = Path(path)
     if prediction_type not in (None, *PREDICTIONS):
         raise UsageError(f"prediction_type {prediction_type!r}; it is {' or '.join(PREDICTIONS)}")
-    with _safetensors(path, allow_pickle) as file:
+    with readable(path, allow_pickle) as file:
         header = read_header(file)
         facts = recognise(header)
         if facts.family is None:
@@ -115,15 +116,6 @@ def open_single_file(
     )
     check_fit(components, str(path))
     return components
-
-
-def _safetensors(path: Path, allow_pickle: bool) -> AbstractContextManager[Path]:
-    """The file itself; if that is allowed, what a pickle says, for as long as the context lasts."""
-    if not allow_pickle:
-        return nullcontext(path)
-    from ldm.checkpoints.pickles import as_safetensors
-
-    return as_safetensors(path)
 
 
 def _prediction(facts: Facts, family: Family, asked: str | None) -> tuple[str, list[str]]:
@@ -216,7 +208,7 @@ def open_vae(
     if path.is_dir():
         return _vae_of_folder(path, dtype, device, allow_pickle)
     with ExitStack() as opened:
-        file = opened.enter_context(_safetensors(path, allow_pickle))
+        file = opened.enter_context(readable(path, allow_pickle))
         header = read_header(file)
         facts = recognise(header)
         if facts.family is not None:
@@ -227,7 +219,7 @@ def open_vae(
         deep = any("encoder.down.3." in name or "encoder.down_blocks.3." in name for name in header.tensors)
         config = config or VAES["sd" if deep else "x4-upscaler"]
         if facts.what == TINY:
-            plan = _tiny(path, file, header, lambda twin: opened.enter_context(_safetensors(twin, allow_pickle)))
+            plan = _tiny(path, file, header, lambda twin: opened.enter_context(readable(twin, allow_pickle)))
         else:
             plan = _plan(file, header, Part(config, VAE_ALONE))
         _checked(header, [plan], f"{path} is {facts.what} with other keys than those have")
@@ -247,9 +239,9 @@ def _vae_of_folder(path: Path, dtype: torch.dtype | None, device: str | torch.de
     return open_network(folder, name, files[0], dtype, device)  # type: ignore[no-any-return]
 
 
-def _tiny(path: Path, file: Path, header: Header, readable: Callable[[Path], Path]) -> Plan:
+def _tiny(path: Path, file: Path, header: Header, opened: Callable[[Path], Path]) -> Plan:
     """A TAESD; of its authors' two files, the other one is looked for beside `path`, whose contents `file` holds.
-    readable: the other one as safetensors.
+    opened: the other one as safetensors.
     """
     config = TinyVAEConfig()
     if "3.conv.0.weight" not in header.tensors:
@@ -263,7 +255,7 @@ def _tiny(path: Path, file: Path, header: Header, readable: Callable[[Path], Pat
     alone = Part(config, (Spelling("", lambda c: taesd_rules(c, "", "")),))
     model, rules, _ = _plan(file, header, alone)
     pieces: dict[str, Piece] = {}
-    other = readable(twin)
+    other = opened(twin)
     for half, source, found in ((here, file, header), (there, other, read_header(other))):
         pieces |= _pieces(source, found, {key: rule for key, rule in rules.items() if key.startswith(half)})
         header.tensors.update(found.tensors)  # for the names that neither half knows

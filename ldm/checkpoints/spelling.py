@@ -7,6 +7,7 @@ each of our keys it says where in such a file the numbers lie, and so where they
 from collections.abc import Callable, Collection, Iterable
 from typing import Any, NamedTuple
 
+from ldm.checkpoints.load import ALIASES
 from ldm.models.clip import CLIPTextConfig
 from ldm.models.tiny_vae import TinyVAEConfig
 from ldm.models.unet import CROSS, UNetConfig
@@ -112,9 +113,8 @@ def own_vae_rules(c: object) -> list[Rule]:
 
 def old_vae_rules(c: object) -> list[Rule]:
     """AutoencoderKL as diffusers wrote it until 2023."""
-    names = (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"))
     attention = [f"{half}.mid_block.attentions.0" for half in ("encoder", "decoder")]
-    return own_vae_rules(c) + [Rule(f"{head}.{a}", f"{head}.{b}") for head in attention for a, b in names]
+    return own_vae_rules(c) + [Rule(f"{head}.{a}", f"{head}.{b}") for head in attention for a, b in ALIASES.items()]
 
 
 def taesd_rules(c: TinyVAEConfig, encoder: str, decoder: str) -> list[Rule]:

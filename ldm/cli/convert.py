@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -121,11 +121,11 @@ def from_folder(source: Path, out: Out, allow_pickle: bool) -> Rows:
 def from_file(source: Path, out: Out, allow_pickle: bool, prediction_type: str | None, ema: bool) -> Rows:
     """Convert a file of weights, a model or anything else; the beginning of the report."""
     from ldm.checkpoints.families import recognise
-    from ldm.checkpoints.pickles import as_safetensors
+    from ldm.checkpoints.pickles import readable
     from ldm.checkpoints.safe import read_header
     from ldm.checkpoints.single_file import open_single_file
 
-    with as_safetensors(source) if allow_pickle else nullcontext(source) as file:
+    with readable(source, allow_pickle) as file:
         facts = recognise(read_header(file))
         rows: Rows = {"was": f"{facts.what} in one {'file' if file == source else 'pickled file'}"}
         if facts.family:

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ldm.checkpoints.components import TOKENIZERS, Components
-from ldm.checkpoints.pickles import as_safetensors
+from ldm.checkpoints.pickles import readable
 from ldm.checkpoints.safe import Header, read_header
 from ldm.errors import ModelError, UsageError
 from ldm.models.clip import CLIPTextModel
@@ -55,11 +55,8 @@ def read_embedding(path: str | Path, allow_pickle: bool = False) -> Embedding:
     .pt and .bin, in a process of its own. ModelError: it is something else (a pickle: how to convert it), damaged, or
     its numbers are not finite.
     """
-    path = Path(path)
-    if not allow_pickle:
-        return _read(path, path)
-    with as_safetensors(path) as file:
-        return _read(file, path)
+    with readable(path, allow_pickle) as file:
+        return _read(file, Path(path))
 
 
 def is_embedding(header: Header) -> bool:
