@@ -40,14 +40,19 @@ def encode(encoder: AnyEncoder, prompts: Sequence[str], clip_skip: int | None) -
 
 
 def conditioning(
-    c: Components, order: Request, guiding: bool, given: Conditioning | None, negative: Conditioning | None
+    c: Components,
+    encoder: AnyEncoder,
+    order: Request,
+    guiding: bool,
+    given: Conditioning | None,
+    negative: Conditioning | None,
 ) -> Conditioning:
     """What the network is told: [B, T, D], or [2 B, T, D] with the negative half first when guiding.
 
     given, negative: ready embeddings in place of the prompts. UsageError: a wrong number of negative prompts, or
     embeddings that do not fit.
     """
-    encoder, n = encoder_of(c), order.num_images_per_prompt
+    n = order.num_images_per_prompt
     positive = _fitting(c, given) if given else encode(encoder, order.prompts, order.clip_skip)
     parts = [positive]
     if guiding:

@@ -230,8 +230,8 @@ class Pipeline:
         none). UsageError where it cannot be drawn.
         """
         side = self.unet.config.sample_size * self.vae.config.factor
-        scheduler = self.sampling(request.scheduler).scheduler.name
-        known: dict[str, Any] = {"height": side, "width": side, "scheduler": scheduler}
+        sampling = self.sampling(request.scheduler)
+        known: dict[str, Any] = {"height": side, "width": side, "scheduler": sampling.scheduler.name}
         known |= XL_FALLBACKS if self.components.is_xl else FALLBACKS
         known |= self.components.generation
         chosen = {name: value for name, value in known.items() if getattr(request, name) is None}
@@ -239,7 +239,7 @@ class Pipeline:
         drawn = ("seed", "variation_seed") if request.variation_strength else ("seed",)
         chosen |= {name: secrets.randbelow(2**32) for name in drawn if getattr(request, name) is None}
         order = replace(request, **chosen)
-        refuse_unfit(self.components, self.sampling(order.scheduler), order)
+        refuse_unfit(self.components, sampling, order)
         return replace(order, seed=order.seeds(count), variation_seed=order.variation_seeds(count))
 
     def count(self, request: Request, given: Conditioning | None = None) -> int:
@@ -296,7 +296,7 @@ class Pipeline:
         refuse_if_too_large(self.unet, self.vae, order.height, order.width, at_once, images)
 
         guiding = order.guidance_scale != 1
-        text = conditioning(self.components, order, guiding, given, negative)  # prompt -> embeddings
+        text = conditioning(self.components, self.text_encoder, order, guiding, given, negative)  # prompt -> embeddings
         text = text.to(self.device, self.dtype)
 
         sampling = self.sampling(order.scheduler)

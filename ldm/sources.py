@@ -47,7 +47,7 @@ def open_model(
 
         return open_single_file(name, dtype, device, vae=vae, allow_pickle=allow_pickle)
     if Path(name).is_dir():
-        whole = open_folder(name, dtype, device, variant, allow_pickle, safety_checker)
+        whole = open_folder(Path(name), dtype, device, variant, allow_pickle, safety_checker)
     else:
         from ldm.checkpoints.hub import folder_of
 

@@ -620,6 +620,14 @@ def test_absurd_sizes_are_refused_before_anything_is_allocated(
     pipeline("a taco", height=64, width=64, num_inference_steps=1)
 
 
+def test_the_text_encoder_is_a_plain_attribute(pipeline: Pipeline) -> None:
+    """Another in its place is what reads the prompts."""
+    other = Pipeline(pipeline.components)
+    other.text_encoder = replace(pipeline.text_encoder, penultimate=True)  # type: ignore[type-var]  # it is a TextEncoder
+    first, second = (one("a taco", seed=1, num_inference_steps=1).latents for one in (pipeline, other))
+    assert not torch.equal(first, second)
+
+
 def test_odd_sizes(pipeline: Pipeline) -> None:
     drawn = pipeline("a taco", seed=1, height=68, width=52)
     assert drawn.latents.shape == (1, 4, 17, 13)
