@@ -35,11 +35,22 @@ SECTIONS: tuple[tuple[str, str, tuple[tuple[str, tuple[str, ...]], ...]], ...] =
     ),
     (
         "Schedulers",
-        "A solver walks x down a list of noise levels and yields a `Step` after each.",
+        "A solver is the rule of one step; `solve` walks x down a list of noise levels by it and yields a `Step` each.",
         (
-            ("ldm.schedulers", ("SCHEDULERS", "Step", "Scheduler", "find", "Sampling", "from_config")),
-            ("ldm.schedulers", ("ddpm", "ddim", "euler", "euler_ancestral", "heun", "dpmpp_2m")),
+            ("ldm.schedulers", ("SCHEDULERS", "Step", "Scheduler", "find", "Sampling", "from_config", "solve")),
+            ("ldm.schedulers.solver", ("Leg", "Past")),
+            ("ldm.schedulers.ddpm", ("ddpm",)),
+            ("ldm.schedulers.ddim", ("ddim", "euler", "euler_ancestral", "lcm", "tcd")),
+            ("ldm.schedulers.second_order", ("heun", "dpm2", "dpmpp_2s_ancestral", "dpmpp_sde")),
+            ("ldm.schedulers.linear_multistep", ("pndm", "lms", "deis")),
+            ("ldm.schedulers.dpm_solver", ("multistep", "singlestep")),
+            ("ldm.schedulers.unipc", ("unipc",)),
         ),
+    ),
+    (
+        "Beside diffusers",
+        "Its schedulers in our runs, its pipelines as ours, ours as its; [with examples](interop.md).",
+        (("ldm.interop", ("with_scheduler", "from_diffusers", "to_diffusers")),),
     ),
     (
         "Mathematics",
@@ -47,6 +58,8 @@ SECTIONS: tuple[tuple[str, str, tuple[tuple[str, tuple[str, ...]], ...]], ...] =
         (
             ("ldm.diffusion", ("NoiseSchedule", "Denoiser", "Estimate", "Prediction", "PREDICTIONS", "c_in")),
             ("ldm.diffusion", ("Levels", "Spacing", "levels", "guided", "guided_rescaled")),
+            ("ldm.diffusion.grids", ("grid", "find_grid")),
+            ("ldm.diffusion.spacing", ("respaced",)),
             ("ldm.diffusion", ("DiffusionLoss", "min_snr_weights")),
         ),
     ),
@@ -192,14 +205,8 @@ def value_lines(home: str, name: str) -> Iterator[str]:
 
 
 def scheduler_lines() -> Iterator[str]:
-    """The table of schedulers."""
-    from ldm.schedulers import SCHEDULERS
-
-    yield "A dict of these rows by their name, each a `Scheduler`.\n"
-    yield "| name | also known as | diffusers' class | what it is |\n|---|---|---|---|"
-    for row in SCHEDULERS.values():
-        yield f"| `{row.name}` | {', '.join(row.aliases)} | `{row.diffusers_class}` | {escaped(row.description)} |"
-    yield ""
+    """Where the table of schedulers stands."""
+    yield "A dict of rows by their name, each a `Scheduler`: [the table](schedulers.md#the-schedulers).\n"
 
 
 def signature(node: ast.FunctionDef, marks: Iterable[str] = ()) -> str:

@@ -21,10 +21,10 @@ from ldm.diffusion import c_in
 from ldm.grid import plot
 from ldm.images import contact_sheet, to_pil, to_tensor
 from ldm.preview import chosen
-from ldm.schedulers import SCHEDULERS
 
 HERE = Path(__file__).with_name("pictures")
 PROMPT, SEED = "a penguin on a blue background", 7
+SHOWN = ("ddpm", "ddim", "euler_a", "heun", "plms", "dpm++sde", "dpm++2m", "dpm++2m_karras", "unipc", "deis")
 
 
 def keep(sheet: Image.Image, name: str) -> None:
@@ -79,8 +79,8 @@ def guidance(pipeline: ldm.Pipeline, name: str) -> None:
 def schedulers(pipeline: ldm.Pipeline, name: str) -> None:
     """Schedulers against steps."""
     counts = (5, 10, 20, 40)
-    cells = [drawn(pipeline, scheduler=row, num_inference_steps=n) for n in counts for row in SCHEDULERS]
-    keep(plot(cells, list(SCHEDULERS), [f"{n} steps" for n in counts]), name)
+    cells = [drawn(pipeline, scheduler=row, num_inference_steps=n) for n in counts for row in SHOWN]
+    keep(plot(cells, list(SHOWN), [f"{n} steps" for n in counts]), name)
 
 
 def variations(pipeline: ldm.Pipeline, name: str) -> None:

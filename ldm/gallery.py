@@ -141,6 +141,9 @@ def command_of(request: Mapping[str, Any]) -> str:
             prompts = values
             continue
         flag = flag_of(field)
+        if field.default is False:
+            words += [flag] * len(values)
+            continue
         for value in values:
             words += [f"{flag}={_quoted(value)}"] if value.startswith("-") else [flag, _quoted(value)]
     ended = ["--"] if any(prompt.startswith("-") for prompt in prompts) else []

@@ -6,38 +6,24 @@ Nothing here imports torch.
 """
 
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from ldm.errors import ModelError, UsageError
+from ldm.foreign import DIGITS, brief, json_object
+from ldm.names import GRIDS, SAMPLERS, Sampler
 from ldm.request import Request
 
-
-class Sampler(NamedTuple):
-    """What others call a scheduler: A1111's "Sampler" and "Schedule type", ComfyUI's sampler_name and scheduler."""
-
-    a1111: str
-    schedule_type: str | None
-    comfy: str
-    comfy_schedule: str
-
-
-SAMPLERS = {  # a row for each of ldm.schedulers.SCHEDULERS, which to import would cost seconds
-    "ddpm": Sampler("DDPM", None, "ddpm", "normal"),
-    "ddim": Sampler("DDIM", None, "ddim", "ddim_uniform"),
-    "euler": Sampler("Euler", "Uniform", "euler", "normal"),
-    "euler_a": Sampler("Euler a", "Uniform", "euler_ancestral", "normal"),
-    "heun": Sampler("Heun", "Uniform", "heun", "normal"),
-    "dpm++2m": Sampler("DPM++ 2M", "Uniform", "dpmpp_2m", "normal"),
-    "dpm++2m_karras": Sampler("DPM++ 2M", "Karras", "dpmpp_2m", "karras"),
-}
-PLAIN_SCHEDULES = ("", "automatic", "uniform", "normal", "ddim", "ddim_uniform")  # the model's own levels
-AUTOMATIC_KARRAS = ("dpm++ 2m",)  # A1111's samplers whose schedule is Karras when "Automatic" is chosen
+SCHEDULES = {name.lower(): own for own, label in GRIDS.items() for name in (own, label)}
+TIMED = ("ddim", "plms")  # A1111's samplers that heed no schedule type
+COMFY = {row.comfy: own for own, row in SAMPLERS.items() if row.comfy} | {"ddim": "euler"}
+RNG = {"cpu": "CPU", "gpu": "NV"}  # NV: a GPU's numbers without one; absent, A1111's default, is the GPU itself
+BRACKETS = re.compile(r"[()\[\]]")  # with which A1111 writes weights and schedules
 
 ORDER = ("Steps", "Sampler", "Schedule type", "CFG scale", "Seed", "Size", "Model hash", "Model", "Variation seed",
-         "Variation seed strength", "Clip skip", "Eta", "Eta DDIM", "RNG", "Version")  # fmt: skip
+         "Variation seed strength", "Clip skip", "ENSD", "RNG", "Emphasis", "Eta", "Eta DDIM", "Profile",
+         "Version")  # fmt: skip
 FEWEST_KEYS = 3  # in the last line, for it to count
 # A1111's `\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)`, which takes the square of the length where words
 # have no colon after them. This takes such words too, without a value, and so never goes back.
@@ -47,10 +33,9 @@ NETWORK = re.compile(r"<(?:lora|lyco|hypernet):[^<>]{1,200}>")
 CARRIED = {  # A1111's number -> field; of the others ORDER tells which are understood
     "Steps": "num_inference_steps", "CFG scale": "guidance_scale", "Seed": "seed", "Size-1": "width",
     "Size-2": "height", "Clip skip": "clip_skip", "Variation seed": "variation_seed",
-    "Variation seed strength": "variation_strength", "Eta": "eta", "Eta DDIM": "eta",
+    "Variation seed strength": "variation_strength", "Eta": "eta", "Eta DDIM": "eta", "ENSD": "eta_noise_seed_delta",
 }  # fmt: skip
 FLOATS = ("guidance_scale", "variation_strength", "eta")
-DIGITS = 20  # of the longest whole number that is read: seeds of other tools have 64 bits
 MOST_NODES = 64  # of a graph that are gone through to find one thing
 MOST_INPUTS = 200  # of a node; one with more is none of a person's
 MOST_NAMED = 8  # keys or nodes that a note names
@@ -60,31 +45,39 @@ def write(fields: Mapping[str, Any], extra: Mapping[str, str]) -> str:
     """The "parameters" text of one picture, in A1111's form and order of keys.
 
     fields: those of Request for this picture; None, and what A1111 has no key for, is left out. extra: further keys and
-    values ("Model hash", "Model", "RNG", "Version"); unknown ones come before "Version". UsageError: under three keys,
-    which no reader would take for parameters.
+    values ("Model hash", "Model", "Version"); unknown ones come before "Version". Ours alone is "Profile".
+    UsageError: under three keys, which no reader would take for parameters.
     """
-    name = fields.get("scheduler")
-    sampler = SAMPLERS.get(name or "", Sampler(name or "", None, "", ""))
+    name, profile = fields.get("scheduler") or "", fields.get("profile")
+    sampler = SAMPLERS.get(name, Sampler(name, exact=False))
     varied, skipped = fields.get("variation_strength"), fields.get("clip_skip")
     size = (fields.get("width"), fields.get("height"))
+    prompt, negative = fields.get("prompt") or "", fields.get("negative_prompt") or ""
+    plain = (fields.get("literal") or profile == "diffusers") and BRACKETS.search(prompt + negative)
+    level = None if skipped is None else skipped + (profile == "diffusers")  # A1111 counts the last layer as 1
     pairs = {
         "Steps": fields.get("num_inference_steps"),
         "Sampler": sampler.a1111,
-        "Schedule type": sampler.schedule_type,
+        "Schedule type": GRIDS.get(
+            fields.get("schedule_type") or "", "Uniform" if sampler.exact and name not in TIMED else None
+        ),
         "CFG scale": fields.get("guidance_scale"),
         "Seed": fields.get("seed"),
         "Size": "{}x{}".format(*size) if all(size) else None,
         "Variation seed": fields.get("variation_seed") if varied else None,
         "Variation seed strength": varied or None,
-        "Clip skip": skipped + 1 if skipped else None,  # A1111 counts the last layer as 1
+        "Clip skip": level if level and level > 1 else None,
+        "ENSD": fields.get("eta_noise_seed_delta") or None,
+        "RNG": RNG.get(fields.get("noise_source") or ""),
+        "Emphasis": "None" if plain else None,
         "Eta DDIM" if name == "ddim" else "Eta": fields.get("eta"),
+        "Profile": profile,
     } | dict(extra)
     places = {key: ORDER.index(key) if key in ORDER else len(ORDER) - 1.5 for key in pairs}
     said = [f"{key}: {_quoted(pairs[key])}" for key in sorted(pairs, key=places.__getitem__) if _shown(pairs[key])]
     if len(said) < FEWEST_KEYS:
         raise UsageError(f"parameters of {len(said)} keys; give steps, seed and size at least")
-    negative = fields.get("negative_prompt")
-    lines = [fields.get("prompt") or "", f"Negative prompt: {negative}" if negative else "", ", ".join(said)]
+    lines = [prompt, f"Negative prompt: {negative}" if negative else "", ", ".join(said)]
     return "\n".join(line for line in lines if line)
 
 
@@ -131,8 +124,13 @@ def _unquoted(value: str) -> str:
 
 
 def request_fields(text: str) -> tuple[dict[str, Any], list[str]]:
-    """A1111's text -> fields of Request, each valid by itself, and notes: a sentence for what was not carried over."""
+    """A1111's text -> fields of Request, each valid by itself, and notes: a sentence for what was not carried over.
+
+    What another tool than ldm wrote is drawn in the profile "a1111".
+    """
     found, fields, notes = parse(text), dict[str, Any](), list[str]()
+    ours = found.get("Version", "").startswith("ldm")
+    profile = found.get("Profile") if ours else "a1111"
     if found["Prompt"]:
         fields["prompt"] = found["Prompt"]
     fields["negative_prompt"] = found["Negative prompt"]
@@ -141,20 +139,61 @@ def request_fields(text: str) -> tuple[dict[str, Any], list[str]]:
             fields[name] = _number(found[key], name in FLOATS)
             if fields[name] is None:
                 notes.append(f"{key} is {brief(found[key])}, which is no number; it was left out")
-    if fields.get("clip_skip") is not None:
+    if profile == "diffusers" and fields.get("clip_skip") is not None:
         fields["clip_skip"] -= 1
     if not fields.get("variation_strength"):
         fields = {name: value for name, value in fields.items() if not name.startswith("variation_")}
+    if len(found) > 2:
+        from_cpu = found.get("RNG") == "CPU" or found.get("Version") == "ComfyUI"  # so its nodes that write this text
+        fields |= {"profile": profile, "noise_source": "cpu" if from_cpu else "gpu"}
     if "Sampler" in found:
-        _set_scheduler(fields, notes, found["Sampler"], found.get("Schedule type", ""))
+        notes += _sampler(fields, found, ours)
+    notes += _emphasis(fields, found.get("Emphasis", "Original"))
     notes += _model_note(found.get("Model"), found.get("Model hash"))
-    if len(found) > 2 and found.get("RNG") != "CPU":
-        notes.append("its noise did not come from a CPU generator, so the same seed gives another picture here")
+    if ours:
+        notes.append("ldm drew it, but its own recipe is lost; what the text of A1111 does not hold was left out")
+    elif "variation_strength" in fields:
+        notes.append("A1111 turns the noise of variations column by column, here it is turned as a whole")
     known = {"Prompt", "Negative prompt", *ORDER, *CARRIED}
-    if lost := [key for key in found if key not in known]:
+    if lost := [key for key in found if key not in known or (key == "Profile" and not ours)]:
         notes.append(f"not carried over: {_listed(lost)}")
     notes += _network_note(found["Prompt"])
     return _valid(fields, notes), notes
+
+
+def _sampler(fields: dict[str, Any], found: Mapping[str, str], ours: bool) -> Iterator[str]:
+    """Sets "scheduler" and "schedule_type" of A1111's "Sampler" and "Schedule type"; yields notes.
+
+    Before A1111 1.9 the sampler's name ended with the schedule ("DPM++ 2M Karras"), or meant k-diffusion's own.
+    """
+    name, kind = found["Sampler"].strip().lower(), found.get("Schedule type", "").strip().lower()
+    names = {known.lower(): own for own, row in SAMPLERS.items() for known in (row.comfy, own, row.a1111) if known}
+    if name not in names and (ended := re.fullmatch(r"(.+)[ _](karras|exponential)", name)):
+        name, kind = ended.groups()
+    own = names.get(name)
+    if own is None:
+        yield f"the sampler {brief(found['Sampler'])} is not known here; the model's own scheduler stands in"
+    else:
+        fields["scheduler"] = own
+        row = SAMPLERS[own]
+        if not row.exact and not ours:
+            yield f"{row.a1111} runs here as in diffusers, not as in A1111"
+        if own not in TIMED and (row.exact or ours):
+            kind = kind or ("automatic" if ours else "uniform")
+            plain = ours and fields.get("profile") != "a1111"  # then "Uniform" stands for the model's own levels
+            fields["schedule_type"] = None if plain and kind == "uniform" else SCHEDULES.get(kind)
+            if kind not in ("automatic", *SCHEDULES):
+                yield f"the schedule {brief(kind)} is not known here; the usual one of {own} stands in"
+    if "eta" in fields and not (own and SAMPLERS[own].eta):
+        yield f"Eta {fields.pop('eta')} was left out, for {own or 'that sampler'} has none here"
+
+
+def _emphasis(fields: dict[str, Any], said: str) -> list[str]:
+    """Sets "literal" where A1111's "Emphasis" read no weights; a note on its other ways to weigh."""
+    if said == "None" and fields.get("profile") != "diffusers":
+        fields["literal"] = True
+    known = said in ("Original", "None")
+    return [] if known else [f"words are weighted here by the emphasis Original, not {brief(said)}"]
 
 
 def comfy_fields(prompt_json: str) -> tuple[dict[str, Any], list[str]]:
@@ -189,54 +228,15 @@ def comfy_fields(prompt_json: str) -> tuple[dict[str, Any], list[str]]:
         if latent.get("batch_size", 1) != 1:
             notes.append("it is one of a batch drawn from one seed; only the first of them has this seed's noise")
     names = [_value(graph, inputs.get(name)) for name in ("sampler_name", "scheduler")]
-    _set_scheduler(fields, notes, *(name if isinstance(name, str) else "" for name in names))
+    notes += _comfy_sampler(fields, *(name if isinstance(name, str) else "" for name in names))
     for field, key in (("prompt", "positive"), ("negative_prompt", "negative")):
         fields[field], skipped = _conditioning(graph, inputs.get(key), key)
         if field == "prompt":
             fields["clip_skip"] = skipped
     if inputs.get("denoise", 1) != 1 or inputs.get("add_noise", "enable") != "enable":
         notes.append("its latents did not begin as noise alone, which was not carried over")
-    notes += _comfy_model(graph, inputs) + _network_note(fields["prompt"] or "")
+    notes += _comfy_words(fields) + _comfy_model(graph, inputs) + _network_note(fields["prompt"] or "")
     return _valid({name: value for name, value in fields.items() if value is not None}, notes), notes
-
-
-def json_object(text: str, what: str, *, largest: int = 4_000_000, lenient: bool = False) -> dict[str, Any]:
-    """The JSON object of a text that may be hostile. lenient: numbers that are not finite become None.
-
-    ModelError, naming `what`: over `largest` characters, no JSON object, nested too deeply, a whole number of over 20
-    digits, or a number that is not finite.
-    """
-
-    def whole(digits: str) -> int:
-        if len(digits) > DIGITS:
-            raise ValueError("it has a whole number of over 20 digits")
-        return int(digits)
-
-    def real(digits: str) -> float | None:
-        number = float(digits)
-        if math.isfinite(number):
-            return number
-        if lenient:
-            return None
-        raise ValueError("it has a number that is not finite")
-
-    if len(text) > largest:
-        raise ModelError(f"{what} has {len(text):,} characters; at most {largest:,} are read")
-    try:
-        value = json.loads(text, parse_int=whole, parse_float=real, parse_constant=real)
-    except RecursionError:
-        raise ModelError(f"{what} is nested too deeply to be read") from None
-    except ValueError as error:
-        raise ModelError(f"{what} cannot be read as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ModelError(f"{what} is a JSON {type(value).__name__}, not an object")
-    return value
-
-
-def brief(value: Any) -> str:
-    """A stranger's value for a sentence: quoted, short, and with nothing in it that a terminal would obey."""
-    text = f"a JSON {type(value).__name__}" if isinstance(value, list | dict) else repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def _number(text: str, real: bool) -> float | int | None:
@@ -261,27 +261,6 @@ def _model_note(name: str | None, digest: str | None) -> list[str]:
 def _network_note(prompt: str) -> list[str]:
     found = NETWORK.findall(prompt)
     return [f"the prompt calls for networks that are not loaded: {_listed(found)}"] if found else []
-
-
-def _set_scheduler(fields: dict[str, Any], notes: list[str], sampler: str, schedule: str) -> None:
-    """Sets "scheduler" from the names of another tool; a note where there is none, or none with that schedule.
-
-    Before A1111 had "Schedule type", the sampler's name ended with it: "DPM++ 2M Karras".
-    """
-    name, kind = sampler.strip().lower(), schedule.strip().lower()
-    if name.endswith(" karras"):
-        name, kind = name.removesuffix(" karras"), "karras"
-    if name in AUTOMATIC_KARRAS and kind == "automatic":
-        kind = "karras"
-    rows = {ours: row for ours, row in SAMPLERS.items() if name in (row.a1111.lower(), row.comfy)}
-    ours = next(iter(rows), name if name in SAMPLERS else None)
-    if ours is None:
-        notes.append(f"the sampler {brief(sampler)} is not known here; the model's own scheduler stands in")
-        return
-    exact = [ours for ours, row in rows.items() if kind in ((row.schedule_type or "").lower(), row.comfy_schedule)]
-    fields["scheduler"] = exact[0] if exact else ours
-    if not exact and kind not in PLAIN_SCHEDULES:
-        notes.append(f"the schedule {brief(schedule)} is not known for {ours}; its own noise levels stand in")
 
 
 def _valid(fields: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
@@ -335,7 +314,7 @@ def _latent(graph: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, An
 
 
 def _conditioning(graph: Mapping[str, Any], link: Any, side: str) -> tuple[str | None, int | None]:
-    """The text that a sampler's "positive" or "negative" comes from, and the layers of its encoder that are skipped."""
+    """The text that a sampler's "positive" or "negative" comes from, and which layer of its encoder, from the last."""
     through = ("conditioning", "conditioning_1", "conditioning_to", side)
     for node in _nodes(graph, link, through):
         if node.get("class_type") == "ConditioningZeroOut":
@@ -344,10 +323,40 @@ def _conditioning(graph: Mapping[str, Any], link: Any, side: str) -> tuple[str |
             if isinstance(text := _value(graph, node["inputs"].get(key)), str):
                 for encoder in _nodes(graph, node["inputs"].get("clip"), ("clip",)):
                     last = encoder["inputs"].get("stop_at_clip_layer")  # -1 is the last one
-                    if isinstance(last, int) and last < -1:
-                        return text, -last - 1
+                    if isinstance(last, int) and last < 0:
+                        return text, -last
                 return text, None
     return None, None
+
+
+def _comfy_sampler(fields: dict[str, Any], sampler: str, schedule: str) -> Iterator[str]:
+    """Sets how ComfyUI's picture is sampled, from its sampler_name and scheduler; yields what is not as there."""
+    fields |= {"profile": "a1111", "noise_source": "cpu", "schedule_type": SCHEDULES.get(schedule)}
+    name = sampler.removesuffix("_gpu")
+    if name not in COMFY:
+        yield f"the sampler {brief(sampler)} is not known here; the model's own scheduler stands in"
+        return
+    fields["scheduler"] = own = COMFY[name]
+    if not SAMPLERS[own].exact:
+        fields["schedule_type"] = None if own == "lcm" else fields["schedule_type"]
+        yield f"{name} runs here as in diffusers, not as in ComfyUI"
+    if SAMPLERS[own].noise and ("sde" not in name or name != sampler):
+        yield f"the fresh noise of {sampler} is the graphics card's there, so the picture is another here"
+    if name == "dpmpp_3m_sde" or schedule in ("beta", "kl_optimal"):
+        yield f"the noise levels of {name} with {schedule} are others there"
+    if schedule not in SCHEDULES:
+        yield f"the schedule {brief(schedule)} is not known here; the usual one of {own} stands in"
+    yield "ComfyUI begins with a trace more noise and rounds timesteps, so the picture is a little different here"
+
+
+def _comfy_words(fields: dict[str, Any]) -> list[str]:
+    """Sets "literal" where ComfyUI takes for text what here is none; a note where it weighs words otherwise."""
+    words = "\n".join(fields[name] or "" for name in ("prompt", "negative_prompt"))
+    if re.search(r"(?<!\\)\(", words):
+        return ["ComfyUI weighs words in brackets otherwise (towards the empty prompt), and has no [schedules] and AND"]
+    if re.search(r"[\[\]]|\bAND\b|\bBREAK\b", words) and "\\" not in words:
+        fields["literal"] = True
+    return []
 
 
 def _comfy_model(graph: Mapping[str, Any], inputs: Mapping[str, Any]) -> list[str]:

@@ -4,7 +4,7 @@ B images, C latent channels, H W latent height and width, T tokens, D text width
 """
 
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,24 +16,23 @@ from torch import Tensor
 from ldm.checkpoints.components import Components
 from ldm.checkpoints.folder import save_folder
 from ldm.checkpoints.safe import file_sha256
-from ldm.conditioning import AnyEncoder, conditioning, encoder_of, sizes
-from ldm.diffusion.guidance import guided, guided_rescaled
-from ldm.diffusion.prediction import PREDICTIONS, Denoiser, Estimate, c_in
-from ldm.diffusion.spacing import Levels
+from ldm.conditioning import AnyEncoder, encoder_of, script, sizes, unheard
+from ldm.decoding import decoded
 from ldm.errors import ModelError, UsageError
 from ldm.images import Pictures, of_type, to_pil
 from ldm.models.tiny_vae import AutoencoderTiny
 from ldm.models.unet import UNet
 from ldm.models.vae import AutoencoderKL
-from ldm.noise import Noise, checked_latents, generators, slerp
-from ldm.refusals import refuse_infinite, refuse_unfit, solver_options
+from ldm.noise import Generator, generators
+from ldm.refusals import refuse_unfit
 from ldm.request import MOST_IMAGES, Request, make_request
-from ldm.runtime import refuse_if_too_large, resolve_device, resolve_dtype
+from ldm.runtime import decoding_types, refuse_if_too_large, resolve_device, resolve_dtype
 from ldm.safety import flagged
-from ldm.schedulers import Sampling, Step, from_config
+from ldm.schedulers import Sampling, Step
 from ldm.sources import open_model
 from ldm.text.encoder import Conditioning
 from ldm.text.inversion import attach, read_embedding
+from ldm.walk import Run, sampling_of, steps_of
 
 FALLBACKS = {"num_inference_steps": 25, "guidance_scale": 7.5}  # of a model without generation_config.json
 XL_FALLBACKS = FALLBACKS | {"guidance_scale": 5.0}
@@ -48,6 +47,7 @@ class Result:
     request: Request
     latents: Tensor  # [B, C, H, W] float32, in the network's frame (scaled, as the VAE's decode takes them)
     flagged: tuple[bool, ...] = ()  # verdicts of the safety checker, where there is one; such pictures are black
+    notes: tuple[str, ...] = ()  # what the user should know of how these pictures were made
 
 
 class Pipeline:
@@ -63,7 +63,8 @@ class Pipeline:
         self.unet: UNet = components.unet
         self.vae: AutoencoderKL | AutoencoderTiny = components.vae
         self.text_encoder: AnyEncoder = encoder_of(components)
-        self.schedule = self.sampling(None).schedule
+        self.sampler: Callable[[Request], Sampling | None] | None = None  # of ldm.interop: asked first how to sample
+        self.schedule = self.sampling().schedule
         if refiner and refiner.vae.config.latent_channels != self.vae.config.latent_channels:
             raise ModelError(
                 f"the refiner's latents have {refiner.vae.config.latent_channels} channels and the model's "
@@ -174,11 +175,14 @@ class Pipeline:
     @property
     def notes(self) -> tuple[str, ...]:
         """What the user should know of how the model was opened and is sampled."""
-        return (*self.components.notes, *filter(None, [self.sampling(None).note]))
+        return (*self.components.notes, *filter(None, [self.sampling().note]))
 
-    def sampling(self, scheduler: str | None) -> Sampling:
-        """The scheduler of a name (None: the model's own) on the model's noise schedule."""
-        return from_config(self.components.scheduler_config, scheduler or self.components.generation.get("scheduler"))
+    def sampling(self, request: Request | None = None) -> Sampling:
+        """How a request (None: one that leaves all open) is sampled on the model's noise schedule."""
+        order, c = request or Request(), self.components
+        if self.sampler and (chosen := self.sampler(order)):
+            return chosen
+        return sampling_of(c.scheduler_config, order, order.scheduler or c.generation.get("scheduler"), c.is_xl)
 
     def to(self, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> "Pipeline":
         """Move the networks, or change their type; returns self."""
@@ -220,27 +224,37 @@ class Pipeline:
         assert step is not None  # a request has at least one step
         final = step.latents
         seeds = order.seed if isinstance(order.seed, tuple) and generator is None else ()
+        said = self.remarks(order)
         if order.output_type == "latent":
-            return Result(final, seeds, order, final)
-        images, flags = self.shown(final)
-        return Result(of_type(images, order.output_type), seeds, order, final, flags)
+            return Result(final, seeds, order, final, notes=said)
+        assert order.height and order.width
+        images, flags, notes = self.shown(final, (order.height, order.width))
+        return Result(of_type(images, order.output_type), seeds, order, final, flags, (*said, *notes))
 
     def resolve(self, request: Request, given: Conditioning | None = None) -> Request:
         """The request with every open choice made: the model's defaults, the size, the seeds (drawn if there are
         none). UsageError where it cannot be drawn.
         """
         side = self.unet.config.sample_size * self.vae.config.factor
-        sampling = self.sampling(request.scheduler)
-        known: dict[str, Any] = {"height": side, "width": side, "scheduler": sampling.scheduler.name}
-        known |= XL_FALLBACKS if self.components.is_xl else FALLBACKS
-        known |= self.components.generation
+        sampling = self.sampling(request)
+        known: dict[str, Any] = XL_FALLBACKS if self.components.is_xl else FALLBACKS
+        known = {"height": side, "width": side, **known, **self.components.generation}
+        known |= {"noise_source": "gpu" if request.profile == "a1111" else "cpu"}
         chosen = {name: value for name, value in known.items() if getattr(request, name) is None}
         count = self.count(request, given)
         drawn = ("seed", "variation_seed") if request.variation_strength else ("seed",)
         chosen |= {name: secrets.randbelow(2**32) for name in drawn if getattr(request, name) is None}
+        chosen |= {"scheduler": sampling.scheduler.name, "nfe": None}
+        chosen |= {"schedule_type": sampling.spacing.sigma_grid or request.schedule_type}
+        chosen |= {"num_inference_steps": steps_of(sampling, request, known["num_inference_steps"])}
         order = replace(request, **chosen)
         refuse_unfit(self.components, sampling, order)
         return replace(order, seed=order.seeds(count), variation_seed=order.variation_seeds(count))
+
+    def remarks(self, request: Request) -> tuple[str, ...]:
+        """What a resolved request asks that will not be heeded, or otherwise than it may seem; a sentence each."""
+        said = unheard(self.text_encoder, request) if request.prompts else ()
+        return (*filter(None, [self.sampling(request).note]), *said)
 
     def count(self, request: Request, given: Conditioning | None = None) -> int:
         """How many pictures a request asks for. UsageError: none, too many, or both prompts and embeddings."""
@@ -259,122 +273,73 @@ class Pipeline:
         latents: Tensor | None = None,
         given: Conditioning | None = None,
         negative: Conditioning | None = None,
+        resume: Step | None = None,
     ) -> Iterator[Step]:
         """Draw step by step: yields a Step after each, whose x0 is the estimate of the latents so far.
 
-        given, negative: embeddings in place of the prompts; otherwise as in `__call__`.
+        Stop whenever you like: `pictures(step.x0)` is the best there is. resume: a Step of the same request (it can be
+        pickled) after which to go on, with the same bits as if it had never stopped. given, negative: embeddings in
+        place of the prompts; otherwise as in `__call__`.
         """
         order = self.resolve(request, given)
         assert isinstance(order.seed, tuple)
-        draws = generators(generator, order.seed)  # the refiner reads on where the first model stops
+        draws = generators(generator, order.seed, order.noise_source or "cpu")
         if self.refiner is None or order.denoising_start or order.denoising_end < 1 or order.refiner_start == 1:
-            yield from self._walk(order, draws, latents, given, negative)
+            yield from self.run(order, draws, given, negative).steps(latents, resume)
             return
         if given or negative:
             raise UsageError("embeddings were given and the model has a refiner, which reads others; give prompts")
-        step = None
-        for step in self._walk(replace(order, denoising_end=order.refiner_start), draws, latents, None, None):
-            yield step
+        first = self.run(replace(order, denoising_end=order.refiner_start), draws)
+        count, step = len(first.levels.timesteps), resume
+        if resume is None or resume.index < count:
+            for step in first.steps(latents, resume):
+                yield step
         assert step is not None
         rest = self.refiner.resolve(replace(order, denoising_start=order.refiner_start, clip_skip=None))
-        for later in self.refiner._walk(rest, draws, step.latents, None, None):
-            yield replace(later, index=step.index + 1 + later.index)
+        later = replace(step, index=step.index - count) if step.index >= count else None
+        for end in self.refiner.run(rest, draws).steps(step.latents, later):  # the noise reads on
+            yield replace(end, index=count + end.index)
 
-    @torch.inference_mode()
-    def _walk(
+    def run(
         self,
         order: Request,
-        draws: Sequence[torch.Generator],
-        latents: Tensor | None,
-        given: Conditioning | None,
-        negative: Conditioning | None,
-    ) -> Iterator[Step]:
-        """The steps of a resolved request by this model alone."""
-        assert order.height and order.width and order.num_inference_steps and order.guidance_scale is not None
+        draws: Sequence[Generator],
+        given: Conditioning | None = None,
+        negative: Conditioning | None = None,
+    ) -> Run:
+        """A run of a resolved request by this model alone: prompt -> embeddings, and what else it is made of."""
+        assert order.height and order.width and order.guidance_scale is not None
         images, factor = len(draws), self.vae.config.factor
         at_once = images if self.device.type == "cuda" else 1
         refuse_if_too_large(self.unet, self.vae, order.height, order.width, at_once, images)
-
-        guiding = order.guidance_scale != 1
-        text = conditioning(self.components, self.text_encoder, order, guiding, given, negative)  # prompt -> embeddings
-        text = text.to(self.device, self.dtype)
-
-        sampling = self.sampling(order.scheduler)
-        levels = sampling.scheduler.levels(sampling.schedule, order.num_inference_steps, sampling.spacing)
-        levels = levels.part(order.denoising_start, order.denoising_end, sampling.schedule.num_train_timesteps)
-        denoise = self.denoiser(sampling, levels, text, sizes(self.components, order, images, guiding), images)
-        if guiding and order.guidance_rescale:
-            denoise = guided_rescaled(denoise, order.guidance_scale, order.guidance_rescale, sampling.prediction)
-        elif guiding:
-            denoise = guided(denoise, order.guidance_scale)
-
-        shape = (self.vae.config.latent_channels, order.height // factor, order.width // factor)
-        noise = Noise(draws, shape, self.device)
-        if order.denoising_start and latents is None:
-            raise UsageError("denoising_start wants the latents of the model that ended there; give latents")
-        start = noise() if latents is None else checked_latents(latents, (images, *shape)).to(noise.device, noise.dtype)
-        if isinstance(order.variation_seed, tuple) and not order.denoising_start:
-            other = Noise(generators(None, order.variation_seed), shape, torch.device("cpu"))()
-            start = slerp(start.cpu(), other, order.variation_strength).to(noise.device)
-        solver = sampling.scheduler.bound(solver_options(sampling, order))
-        finite = []
-        for step in solver(denoise, start * levels.start, levels.sigmas, noise):
-            finite.append(torch.isfinite(step.x).all())
-            if self.device.type == "cpu":  # elsewhere reading it would wait for the device: it is asked at the end
-                refuse_infinite(finite, sampling.scheduler.name, self.dtype)
-            yield step
-        refuse_infinite(finite, sampling.scheduler.name, self.dtype)
-
-    def denoiser(
-        self, sampling: Sampling, levels: Levels, text: Conditioning, sizes: Tensor | None, images: int
-    ) -> Denoiser:
-        """The U-Net as a function of the noise level: the one bridge between solvers, which know sigmas, and
-        networks, which know timesteps.
-
-        On the CPU each image is a network call of its own (with the other half of its guidance pair), so that its
-        pixels do not depend on the images drawn beside it; on CUDA all go at once.
-        """
-        kind = PREDICTIONS[sampling.prediction]
-        timesteps = dict(zip(levels.sigmas, levels.timesteps, strict=False))
-        alone = [slice(i, None, images) for i in range(images)]  # image i, and image i of the other half
-        rows = [slice(None)] if self.device.type == "cuda" else alone
-        extras = [None if extra is None else extra.to(self.device) for extra in (text.pooled, sizes)]
-        prepared = [(r, self.unet.prepare(text.context[r], *(e if e is None else e[r] for e in extras))) for r in rows]
-
-        def denoise(x: Tensor, sigma: float) -> Estimate:
-            scaled = (x * c_in(sigma)).to(self.dtype)
-            known = timesteps.get(sigma)
-            t = torch.full((len(x),), sampling.schedule.t(sigma) if known is None else known, device=x.device)
-            output = torch.empty_like(scaled)
-            for r, said in prepared:
-                output[r] = self.unet(scaled[r], t[r], said)
-            return Estimate(kind.to_x0(x, sigma, output.float()))
-
-        return denoise
+        said = script(self.components, self.text_encoder, order, order.guidance_scale != 1, given, negative)
+        shape = (self.vae.config.latent_channels, -(-order.height // factor), -(-order.width // factor))
+        told = sizes(self.components, order, images, said.guiding, len(said.weights))
+        return Run(self.unet, self.sampling(order), order, shape, said, told, draws)
 
     @torch.inference_mode()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, H, W] -> images [B, 3, fH, fW], about [-1, 1], float32. One at a time on the CPU, for the
-        same reason as above.
+    def decode(self, latents: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """Latents [B, C, H, W] -> images [B, 3, fH, fW], about [-1, 1], float32. size: (height, width) in pixels of
+        the upper left part that is kept. NumericalError: images that are not finite in any type.
         """
-        scaled = latents.to(self.device, next(self.vae.parameters()).dtype)
-        parts = [scaled] if self.device.type == "cuda" else scaled.split(1)
-        return torch.cat([self.vae.decode(part).float() for part in parts])
+        return decoded(self.vae, latents, decoding_types(self.unet, self.vae), size)[0]
 
     @torch.inference_mode()
-    def shown(self, latents: Tensor) -> tuple[Tensor, tuple[bool, ...]]:
-        """Latents -> images [B, 3, H, W] in -1..1, black where the model's safety checker flags them, and its verdicts
-        (none where there is no checker).
+    def shown(
+        self, latents: Tensor, size: tuple[int, int] | None = None
+    ) -> tuple[Tensor, tuple[bool, ...], tuple[str, ...]]:
+        """Latents -> images [B, 3, H, W] as `decode`, but black where the model's safety checker flags them, its
+        verdicts (none where there is no checker), and notes for the user.
         """
-        images = self.decode(latents)
+        images, notes = decoded(self.vae, latents, decoding_types(self.unet, self.vae), size)
         checker = self.components.safety_checker
         flags = flagged(checker, to_pil(images)) if checker else ()
         for i in (i for i, flag in enumerate(flags) if flag):
             images[i] = -1
-        return images, flags
+        return images, flags, notes
 
-    def pictures(self, latents: Tensor, output_type: str = "pil") -> Pictures:
+    def pictures(self, latents: Tensor, output_type: str = "pil", size: tuple[int, int] | None = None) -> Pictures:
         """Latents -> images -> PIL pictures, a tensor [B, 3, H, W] or an array [B, H, W, 3] in 0..1. A picture that the
-        model's safety checker flags is black.
+        model's safety checker flags is black. size: as of `decode`.
         """
-        return of_type(self.shown(latents)[0], output_type)
+        return of_type(self.shown(latents, size)[0], output_type)

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.errors import LdmError, ModelError, UsageError
-from ldm.infotext import brief, comfy_fields, json_object, parse, request_fields, write
+from ldm.foreign import brief, json_object
+from ldm.infotext import comfy_fields, parse, request_fields, write
 from ldm.request import Request
 
 if TYPE_CHECKING:
@@ -25,10 +26,11 @@ if TYPE_CHECKING:
 
     from ldm.pipeline import Pipeline
 
-VERSION = 1  # of the JSON form; a change that an older reader would misread raises it
+VERSION = 2  # of the JSON form; a change that an older reader would misread raises it
 LARGEST_JSON = 1_000_000  # characters
 DEEPEST = 8  # nesting of a scheduler's or adapter's configuration
 LONGEST_NAME = 200
+LISTS = ("timesteps", "sigmas")  # fields of Request that have several values for one picture
 DIGEST = re.compile(r"[0-9a-f]{64}")
 NOT_KEPT = ("output_type", "num_images_per_prompt")  # fields of Request that say nothing of one picture
 CHOSEN = ("prompt", "negative_prompt", "seed", "num_inference_steps", "guidance_scale", "height", "width", "scheduler")
@@ -102,7 +104,7 @@ def recipe_of(pipeline: "Pipeline", request: Request, components: Mapping[str, s
     from ldm.runtime import short_name
 
     versions = {"ldm": __version__, "torch": torch.__version__, "python": platform.python_version()}
-    scheduler = pipeline.sampling(request.scheduler).scheduler.name  # not the alias that may have been typed
+    scheduler = pipeline.sampling(request).scheduler.name  # not the alias that may have been typed
     return Recipe(
         request=fields_of(request) | {"scheduler": scheduler},
         model=pipeline.components.name,
@@ -145,8 +147,8 @@ def _digest(entry: "tuple[str, Tensor]") -> bytes:
 def texts(recipe: Recipe) -> dict[str, str]:
     """What `ldm.images.save` keeps in the picture: "parameters", and "ldm" in ASCII."""
     digest = recipe.components.get("unet", "")
-    extra = {"Model hash": digest[:10], "Model": recipe.model, "RNG": "CPU"}  # noise is drawn there on any device
-    extra["Version"] = f"ldm {recipe.versions.get('ldm', '')}".strip()
+    version = f"ldm {recipe.versions.get('ldm', '')}".strip()
+    extra = {"Model hash": digest[:10], "Model": recipe.model, "Version": version}
     form = {"version": VERSION} | {f.name: getattr(recipe, f.name) for f in dataclasses.fields(Recipe)}
     return {"parameters": write(recipe.request, extra), "ldm": json.dumps(form, allow_nan=False)}
 
@@ -157,16 +159,19 @@ def from_json(text: str) -> Recipe:
     """
     form = json_object(text, "the recipe", largest=LARGEST_JSON)
     version = form.pop("version", None)
-    if type(version) is not int or version != VERSION:
-        raise ModelError(f"the recipe is of version {brief(version)} and only {VERSION} is read here; update ldm")
+    if type(version) is not int or not 1 <= version <= VERSION:
+        raise ModelError(f"the recipe is of version {brief(version)} and only 1 to {VERSION} are read; update ldm")
     _same_names("the recipe", form, list(CHECKS), list(CHECKS))
     for name, (check, kind) in CHECKS.items():
         if not check(form[name]):
             raise ModelError(f"{name} of the recipe is {brief(form[name])}; it must be {kind}")
+    if version == 1:
+        form["request"] = _of_version_1(form["request"])
     known = [field.name for field in dataclasses.fields(Request) if field.name not in NOT_KEPT]
     _same_names("the recipe's request", form["request"], CHOSEN, known)
     unsaid = next((name for name in CHOSEN if form["request"][name] is None), None)
-    if unsaid or any(isinstance(value, list | dict) for value in form["request"].values()):
+    single = {name: value for name, value in form["request"].items() if name not in LISTS}
+    if unsaid or any(isinstance(value, list | dict) for value in single.values()):
         raise ModelError(f"the recipe's request is not of one picture: {unsaid or 'a field'} is not one value")
     try:
         request = Request(**form["request"])
@@ -175,12 +180,21 @@ def from_json(text: str) -> Recipe:
     return Recipe(**form | {"request": fields_of(request), "adapters": tuple(form["adapters"])})
 
 
+def _of_version_1(request: Mapping[str, Any]) -> dict[str, Any]:
+    """The request of a recipe of version 1, which knew no syntax of prompts, counted clip_skip as diffusers does, for
+    the prompt alone, and drew the CPU's noise: what the profile "diffusers" is today. A row of its own was DPM++ 2M
+    with Karras' levels.
+    """
+    karras = {"scheduler": "dpm++2m", "schedule_type": "karras"} if request.get("scheduler") == "dpm++2m_karras" else {}
+    return {**request, "profile": "diffusers", "noise_source": "cpu", **karras}
+
+
 def _same_names(what: str, table: Mapping[str, Any], needed: Sequence[str], known: Sequence[str]) -> None:
     """ModelError when a needed name is missing, or one that is there is not known."""
     if missing := [name for name in needed if name not in table]:
         raise ModelError(f"{what} has no {', '.join(missing)}; the picture's text is damaged")
     if strange := next((name for name in table if name not in known), None):
-        raise ModelError(f"{what} has the unknown field {brief(strange)}; known: {', '.join(known)}")
+        raise ModelError(f"{what} has the unknown field {brief(strange)}; it is damaged, or of a newer ldm")
 
 
 def _is_name(value: Any) -> bool:

@@ -8,9 +8,12 @@ from torch import Tensor
 from ldm.checkpoints.components import Components
 from ldm.conditioning import SIZES
 from ldm.errors import NumericalError, UsageError
+from ldm.models.tiny_vae import TinyVAEConfig
+from ldm.models.unet import UNetConfig
+from ldm.models.vae import VAEConfig
 from ldm.request import Request
 from ldm.runtime import refuse_if_too_large, short_name
-from ldm.schedulers import Option, Sampling
+from ldm.schedulers import Sampling
 
 WANTS = {"inpainting": "an image and a mask", "instruct-pix2pix": "an image", "upscaling": "a small image"}
 
@@ -28,28 +31,29 @@ def refuse_unfit(c: Components, sampling: Sampling, order: Request) -> None:
         for name in SIZES:
             if getattr(order, name):
                 raise UsageError(f"{name} is {getattr(order, name)}, and this model hears no sizes (SDXL does)")
-    if order.height % factor or order.width % factor:
-        raise UsageError(
-            f"size {order.width}x{order.height}; width and height must be multiples of {factor} for this model"
-        )
-    solver_options(sampling, order)
+    least = factor * lone_pixels(config, c.vae.config) + 1
+    if max(order.height, order.width) < least:
+        raise UsageError(f"size {order.width}x{order.height}; the longer side must be at least {least} for this model")
+    assert order.num_inference_steps
+    sampling.solver(order.eta)
+    sampling.levels(order.num_inference_steps)
     refuse_if_too_large(c.unet, c.vae, order.height, order.width, 1, 1)
 
 
-def solver_options(sampling: Sampling, order: Request) -> dict[str, Option]:
-    """The model's options of its solver, and the request's eta. UsageError when that scheduler has no eta."""
-    if order.eta is None:
-        return sampling.options
-    if "eta" not in sampling.scheduler.options:
-        raise UsageError(
-            f"eta is {order.eta}, but {sampling.scheduler.name} has none; use ddim or euler_a, or leave it out"
-        )
-    return sampling.options | {"eta": order.eta}
+def lone_pixels(unet: UNetConfig, vae: VAEConfig | TinyVAEConfig) -> int:
+    """The longest side of latents that some GroupNorm would see as single numbers, which it cannot normalise: where its
+    groups have one channel and its map one pixel. 0 for models without such groups: they draw from 1x1 pixels on.
+    """
+    widths = unet.block_out_channels
+    inputs = zip((widths[0], *widths), widths, strict=False)  # of the norms at each level, 2 ** i latents a pixel
+    sides = [1 << i for i, pair in enumerate(inputs) if unet.norm_num_groups in pair]
+    single = isinstance(vae, VAEConfig) and vae.norm_num_groups == vae.block_out_channels[-1]
+    return max([*sides, int(single)])
 
 
 def refuse_infinite(finite: Sequence[Tensor], scheduler: str, dtype: torch.dtype) -> None:
     """NumericalError for the first step whose latents were not finite."""
-    flags = torch.stack(list(finite)).tolist()
+    flags = torch.stack(list(finite)).tolist() if finite else []
     if not all(flags):
         raise NumericalError(
             f"the latents are not finite after step {flags.index(False) + 1} of {scheduler} "

@@ -14,6 +14,8 @@ LARGEST_SEED = 2**63 - 1
 SEEDS = ("seed", "variation_seed")
 XL = "SDXL"
 OUTPUT_TYPES = ("pil", "pt", "np", "latent")
+PROFILES = ("diffusers", "a1111")
+NOISE_SOURCES = ("cpu", "gpu")
 
 
 def flag_of(field: "Field[Any]") -> str:
@@ -54,6 +56,7 @@ class Request:
         None, "number the other noise of the first variation comes from; the next ones count up; drawn if absent"
     )
     num_inference_steps: int | None = _option(None, "steps from noise to picture", "steps")
+    nfe: int | None = _option(None, "network calls to spend in place of steps; as many steps as fit are taken")
     guidance_scale: float | None = _option(
         None, "how strongly to follow the prompt; 1 = not at all beyond the model's own inclination", "guidance"
     )
@@ -63,10 +66,26 @@ class Request:
     scheduler: str | None = _option(
         None, "how to step from noise to picture: a short name, diffusers' class name or A1111's name"
     )
-    eta: float | None = _option(None, "0..1: fresh noise of DDIM and Euler a")
-    clip_skip: int | None = _option(
-        None, "how many of the text encoder's last layers the prompt skips (diffusers' counting)"
+    schedule_type: str | None = _option(
+        None, "noise levels to visit: karras, exponential, beta, sgm_uniform, ays ... or leading, trailing, linspace"
     )
+    timesteps: tuple[float, ...] = _option((), "the times to visit, falling, in place of steps; repeat the flag")
+    timestep_respacing: str | None = _option(
+        None, "so many times of each section, in place of steps: '250', '10,15,20' or 'ddim50' (Nichol & Dhariwal)"
+    )
+    sigmas: tuple[float, ...] = _option((), "the noise levels to visit, falling, in place of steps; repeat the flag")
+    eta: float | None = _option(None, "0..1: fresh noise of DDIM, TCD and the ancestral schedulers")
+    clip_skip: int | None = _option(
+        None, "layer of the text encoder that is read, from the last: 1 = last, 2 = the one before (A1111's counting)"
+    )
+    literal: bool = _option(False, "take prompts as they stand: no weights, schedules, {choices} or __lists__")
+    profile: str | None = _option(
+        None, "draw as another tool does: diffusers or a1111 (noise, weights, noise levels, clip skip)"
+    )
+    noise_source: str | None = _option(
+        None, "whose numbers a seed gives: cpu (diffusers) or gpu (an NVIDIA card's, A1111); absent = the profile's"
+    )
+    eta_noise_seed_delta: int = _option(0, "added to the seed for all noise after the first (A1111's ENSD)")
     original_height: int | None = _option(
         None, "height in pixels of the picture that this is told to be made from; absent = the height", of=XL
     )
@@ -97,9 +116,12 @@ class Request:
             raise UsageError(f"scheduler is {self.scheduler!r}; it must be a name, for example 'ddim'")
         self._whole("num_images_per_prompt", 1, MOST_IMAGES)
         self._whole("num_inference_steps", 1, 1000)
+        self._whole("nfe", 1, 4000)
+        self._whole("eta_noise_seed_delta", 0, LARGEST_SEED - MOST_IMAGES)
+        self._run()
         self._whole("height", 1, LARGEST_SIDE)
         self._whole("width", 1, LARGEST_SIDE)
-        self._whole("clip_skip", 0, 100)
+        self._whole("clip_skip", 0 if self.profile == "diffusers" else 1, 100)
         self._number("guidance_scale", 0, 1000)
         self._number("guidance_rescale", 0, 1)
         self._number("eta", 0, 1)
@@ -129,6 +151,26 @@ class Request:
                 f"{len(self.negative_prompts)} negative prompts for {len(self.prompts)} prompts; give one, or "
                 f"one for each"
             )
+
+    def _run(self) -> None:
+        """What says which noise levels are visited, and as which tool; that it is said once."""
+        for name, known in (("profile", PROFILES), ("noise_source", NOISE_SOURCES)):
+            if getattr(self, name) is not None:
+                choose(name, str(getattr(self, name)), known)
+        for name in ("schedule_type", "timestep_respacing"):
+            if not isinstance(getattr(self, name), str | None):
+                raise UsageError(f"{name} is {getattr(self, name)!r}; it must be text, for example 'karras' or '10,15'")
+        if not isinstance(self.literal, bool):
+            raise UsageError(f"literal is {self.literal!r}; it must be true or false")
+        for name in ("timesteps", "sigmas"):
+            values = getattr(self, name)
+            values = () if values is None else (values,) if isinstance(values, int | float) else tuple(values)
+            if any(isinstance(v, bool) or not isinstance(v, int | float) for v in values):
+                raise UsageError(f"{name} are {values!r}; they must be numbers that fall")
+            object.__setattr__(self, name, values)
+        said = [name for name in ("nfe", "timesteps", "timestep_respacing", "sigmas") if getattr(self, name)]
+        if len(said) > 1:
+            raise UsageError(f"{' and '.join(said)} each say how many steps to take; give one of them")
 
     @property
     def prompts(self) -> tuple[str, ...]:

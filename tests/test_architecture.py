@@ -19,29 +19,37 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "errors",
         "diffusion.schedule",
         "diffusion.prediction",
+        "diffusion.continuous diffusion.grids",
         "diffusion.spacing",
         "diffusion.guidance",
         "diffusion.losses",
         "diffusion",
         "schedulers.solver",
+        "schedulers.exponential",
         "schedulers.*",  # the solvers: a word that names a file comes before a pattern that fits it
         "schedulers.table",
         "schedulers.config",
         "schedulers",
     ),
     ("models.config", "models.layers", "models.*", "models.presets", "models"),
-    ("checkpoints.safe", "checkpoints.load checkpoints.shards checkpoints.pickles", "text.tokenizer", "text.encoder",
-     "text.transformers_text", "safety", "checkpoints.components", "text.*", "text", "checkpoints checkpoints.*",
+    ("checkpoints.safe", "checkpoints.load checkpoints.shards checkpoints.pickles",
+     "text.tokenizer text.weighting text.schedules", "text.encoder", "text.transformers_text", "safety",
+     "checkpoints.components", "text.*", "text", "checkpoints checkpoints.*",
      "lora", "images"),
     (
         "request",
-        "prompts grid infotext",
+        "names prompts grid",
+        "foreign",
+        "infotext",
         "runtime",
-        "noise conditioning sources",
-        "refusals",
+        "philox conditioning sources decoding",
+        "noise",
+        "brownian refusals",
+        "walk",
         "pipeline",
         "recipe preview",
         "gallery",
+        "borrowed",
         "interop",
         "data data.*",
         "evaluation evaluation.*",
@@ -49,10 +57,14 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     ("cli cli.*", "server server.*", "__main__", "<ldm>"),
 )  # fmt: skip
-CODE_LINES = {0: 1400, 1: 1000, 2: 3000}  # per floor, without blank lines, comments and docstrings
+CODE_LINES = {0: 1600, 1: 1000, 2: 3000}  # per floor, without blank lines, comments and docstrings
 FILE_LINES, FUNCTION_LINES = 400, 60
 THIRD_PARTY = {0: {"torch", "numpy"}, 1: {"torch"}}  # all that the lower floors may import from outside
-HOMES = {"diffusers": "ldm/interop.py", "accelerate": "ldm/training/*", "transformers": "ldm/text/transformers_text.py"}
+HOMES = {
+    "diffusers": "ldm/interop.py",
+    "accelerate": "ldm/training/*",
+    "transformers": "ldm/text/transformers_text.py ldm/interop.py",
+}
 BANNED_CALLS = {"torch.load", "eval", "exec", "compile", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "os.system"}
 BANNED_IMPORTS = {"pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 BANNED_ARGUMENTS = {"shell", "allow_pickle"}  # ... = anything but False, in a call
@@ -123,7 +135,7 @@ def floor_faults(sources: Sources) -> Iterator[str]:
         for name, _, line in imports(tree, path):
             top = name.split(".")[0]
             strange = top not in THIRD_PARTY.get(here[0], {top}) | sys.stdlib_module_names | {"ldm", "_typeshed"}
-            if strange or not fnmatch(path, HOMES.get(top, "*")):
+            if strange or not any(fnmatch(path, home) for home in HOMES.get(top, "*").split()):
                 yield f"{path}:{line}: imports {top}, which has no place here"
         for node in tree.body:
             named = [name.split(".")[0] for name, _, _ in imports(ast.Module([node], []), path)]

@@ -1,5 +1,6 @@
 """Shell completion, NO_COLOR and --quiet, with the command in a process and a terminal of its own."""
 
+import json
 import os
 import pty
 import re
@@ -11,6 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+
+from ldm.diffusion.grids import GRIDS
+from ldm.diffusion.prediction import Estimate
+from ldm.schedulers import SCHEDULERS, from_config
+from ldm.schedulers.table import find
 
 LDM = [sys.executable, "-m", "ldm"]
 BARE = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR", "TERM", "COLUMNS", "LINES")}
@@ -36,7 +43,11 @@ def completed(*words: str) -> list[str]:
     [
         (["gen"], ["generate"]),
         (["g"], ["generate", "grid", "gallery"]),
-        (["generate", "--sch"], ["--scheduler"]),
+        (["generate", "--sch"], ["--scheduler", "--schedule-type"]),
+        (["generate", '"an owl"', "--scheduler", "dpm++2m"], ["dpm++2m", "dpm++2m_sde", "dpm++2m_sde_heun"]),
+        (["grid", "--schedule-type", "l"], ["lu", "leading", "linspace"]),
+        (["generate", "--profile", ""], ["diffusers", "a1111"]),
+        (["generate", "--noise-source", "g"], ["gpu"]),
         (["train", "fi"], ["first-stage"]),
         (["generate", '"an owl"', "--variation-s"], ["--variation-strength", "--variation-seed"]),
         (["nothing-of-that-name"], []),
@@ -51,7 +62,7 @@ def test_completing_costs_little() -> None:
 
     def cost() -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert completed("generate", "--sch") == ["--scheduler"]
+        assert completed("generate", "--scheduler", "he") == ["heun"]
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
@@ -74,12 +85,55 @@ def test_bash_completes_with_the_script(tmp_path: Path) -> None:
     (tmp_path / "ldm").write_text(f'#!{bash}\nexec "{sys.executable}" -c "from ldm.cli import main; main()" "$@"\n')
     (tmp_path / "ldm").chmod(0o755)
     script = ldm("--show-completion", "bash", **DETECT_NO_SHELL).stdout
-    typed = 'COMP_WORDS=(ldm generate --sch); COMP_CWORD=2; _ldm_completion ldm; printf "%s\\n" "${COMPREPLY[@]}"'
+    typed = 'COMP_WORDS=(ldm generate --schedule); COMP_CWORD=2; _ldm_completion ldm; printf "%s\\n" "${COMPREPLY[@]}"'
     search = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(
         [bash, "--norc", "-c", f"{script}\n{typed}"], capture_output=True, text=True, timeout=60, env=QUICK | search
     )
-    assert (done.stdout, done.stderr) == ("--scheduler\n", "")
+    assert (done.stdout, done.stderr) == ("--scheduler\n--schedule-type\n", "")
+
+
+# -- ldm schedulers ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_the_lists_fit_the_terminal(columns: int) -> None:
+    """No line is longer, and no name is broken."""
+    said = ldm("schedulers", COLUMNS=str(columns)).stdout
+    assert max(map(len, said.splitlines())) <= columns
+    for row in SCHEDULERS.values():
+        assert re.search(rf"^{re.escape(row.name)} +[12] +(none|fresh|eta) ", said, re.MULTILINE)
+        assert all(re.search(rf"(^|\s){re.escape(name)}\s", said) for name in (row.label, *row.classes[:1]) if name)
+    for grid in GRIDS.values():
+        assert re.search(rf"^{grid.name} +{grid.label} ", said, re.MULTILINE)
+
+
+def test_what_is_said_of_schedulers_is_so() -> None:
+    """Names, network calls and noise, by running each on a denoiser that always says the same."""
+    told = json.loads(ldm("schedulers", "--json").stdout)
+    assert [row["name"] for row in told["schedule_types"]] == list(GRIDS)
+    assert [row["name"] for row in told["schedulers"]] == list(SCHEDULERS)
+    config = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "clip_sample": False}
+    x = torch.randn(1, 4, 2, 2)
+    for row in told["schedulers"]:
+        for name in (row["a1111"], *row["aliases"]):
+            assert not name or find(name)[0].name == row["name"]
+        for eta in (None, 0.5) if row["noise"] == "eta" else (None,):
+            calls, drawn = list[float](), list[float]()
+            sampling = from_config(config, row["name"])
+            levels = sampling.levels(8)
+
+            def denoise(x: torch.Tensor, sigma: float) -> Estimate:
+                calls.append(sigma)  # noqa: B023
+                return Estimate(x / 10)
+
+            def noise(sigma: float, following: float) -> torch.Tensor:
+                drawn.append(sigma)  # noqa: B023
+                return x
+
+            list(sampling.solver(eta)(denoise, x, levels.sigmas, noise, None))
+            assert bool(drawn) == (row["noise"] == "fresh" or eta is not None), row
+            assert abs(len(calls) - 8 * row["calls"]) <= 1, row
 
 
 # -- on a terminal ----------------------------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ from ldm.diffusion import (
     guided_rescaled,
     min_snr_weights,
 )
-from ldm.diffusion.prediction import rates
+from ldm.diffusion.guidance import bounded, clipped, thresholded
+from ldm.diffusion.prediction import FLOW, edm, rates
 from ldm.errors import UsageError
 
 SD = NoiseSchedule.scaled_linear()
@@ -214,6 +215,24 @@ def test_coefficients_in_closed_form() -> None:
     assert rates(math.inf) == (0, 1)
 
 
+def test_coefficients_of_networks_without_a_table() -> None:
+    for sigma in (0.002, 1.0, 80.0):
+        # x_t = (1 - s) x0 + s noise and v = noise - x0, with s = sigma / (1 + sigma)
+        assert (FLOW.c_in(sigma), FLOW.c_skip(sigma), FLOW.c_out(sigma)) == pytest.approx(
+            (1 / (1 + sigma), 1 / (1 + sigma), -sigma / (1 + sigma))
+        )
+        for data in (0.5, 1.0):  # Karras et al. 2022, table 1
+            whole = sigma**2 + data**2
+            row = (whole**-0.5, data**2 / whole, sigma * data * whole**-0.5)
+            for kind, sign in (("epsilon", 1), ("v_prediction", -1)):
+                ours = edm(kind, data)
+                assert (ours.c_in(sigma), ours.c_skip(sigma), sign * ours.c_out(sigma)) == pytest.approx(row)
+        v = edm("v_prediction", 1.0)
+        assert v.c_out(sigma) == pytest.approx(PREDICTIONS["v_prediction"].c_out(sigma))
+    with pytest.raises(KeyError):
+        edm("sample", 0.5)
+
+
 # Losses.
 
 
@@ -316,7 +335,7 @@ def test_guidance_equals_diffusers_on_the_output(prediction: str, sigma: float, 
     output = negative + 7.5 * (positive - negative)
     expected = PREDICTIONS[prediction].to_x0(x, sigma, rescale_noise_cfg(output, positive, rescale))
     denoise = halves(prediction, torch.cat([negative, positive]))
-    ours = guided_rescaled(denoise, 7.5, rescale, prediction)(x, sigma).x0
+    ours = guided_rescaled(denoise, 7.5, rescale, PREDICTIONS[prediction])(x, sigma).x0
     assert float((ours - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
     if rescale == 0:
         plain = guided(denoise, 7.5)(x, sigma).x0
@@ -329,6 +348,62 @@ def test_guidance_of_one_is_the_positive_estimate() -> None:
     assert torch.equal(guided(denoise, 1.0)(x, 3.0).x0, positive)
     assert torch.equal(guided(denoise, 0.0)(x, 3.0).x0, negative)
     with pytest.raises(UsageError, match="from 0 to 1"):
-        guided_rescaled(denoise, 7.5, 1.5, "sample")
-    with pytest.raises(UsageError, match="did you mean 'v_prediction'"):
-        guided_rescaled(denoise, 7.5, 0.5, "v_predicton")
+        guided_rescaled(denoise, 7.5, 1.5, PREDICTIONS["sample"])
+
+
+def test_the_variance_is_that_of_the_positive_half() -> None:
+    x, x0, variance = draws(3, 4, 4, 8, 8)
+    whole = Estimate(x0, variance)
+    for steered in (guided(lambda x, sigma: whole, 3.0), guided_rescaled(lambda x, sigma: whole, 3.0, 0.5, FLOW)):
+        assert torch.equal(steered(x[:2], 1.0).variance, variance[2:])
+    assert guided(lambda x, sigma: Estimate(x0), 3.0)(x[:2], 1.0).variance is None
+
+
+@pytest.mark.parametrize("rescale", [None, 0.0, 0.6])
+def test_several_parts_are_each_weighed_against_the_negative(rescale: float | None) -> None:
+    """Liu et al. 2022, equation 11: negative + scale * sum_k w_k (part_k - negative), with weights of each image."""
+    x, negative, first, second, third = draws(5, 2, 4, 8, 8)
+    outputs, weights = torch.cat([negative, first, second, third]), [[1.0, 0.5], [-0.4, 2.0], [0.0, 0.3]]
+    kind = PREDICTIONS["v_prediction"]
+
+    def denoise(inputs: Tensor, sigma: float) -> Estimate:
+        assert torch.equal(inputs, torch.cat([x] * 4))
+        return Estimate(kind.to_x0(inputs, sigma, outputs), torch.cat([negative, first, second, third]))
+
+    sums = torch.stack([
+        sum(w[i] * (part[i] - negative[i]) for w, part in zip(weights, (first, second, third), strict=True))
+        for i in range(2)
+    ])  # fmt: skip
+    output = negative + 5.0 * sums
+    if rescale is None:
+        said = guided(denoise, 5.0, weights)(x, 2.0)
+    else:
+        output = rescale_noise_cfg(output, negative + sums, rescale)
+        said = guided_rescaled(denoise, 5.0, rescale, kind, weights)(x, 2.0)
+    torch.testing.assert_close(said.x0, kind.to_x0(x, 2.0, output), rtol=0, atol=2e-5)
+    assert torch.equal(said.variance, first)
+
+
+def test_x0_is_kept_in_its_range() -> None:
+    x, x0 = draws(2, 3, 4, 8, 8)
+    x0 = x0 * torch.tensor([0.3, 2.0, 9.0]).view(3, 1, 1, 1)
+    variance = torch.ones(())
+    said = clipped(lambda x, sigma: Estimate(x0, variance), 0.8)(x, 1.0)
+    assert torch.equal(said.x0, x0.clamp(-0.8, 0.8)) and said.variance is variance
+    for ratio, most in [(0.9, 4.0), (0.995, 1.0), (0.5, 100.0), (0.87, 0.5)]:
+        oracle = diffusers.DDPMScheduler(dynamic_thresholding_ratio=ratio, sample_max_value=most)
+        said = thresholded(lambda x, sigma: Estimate(x0, variance), ratio, most)(x, 1.0)
+        torch.testing.assert_close(said.x0, oracle._threshold_sample(x0), rtol=0, atol=1e-6)
+        assert said.variance is variance
+
+
+def test_the_boundary_of_a_consistency_model() -> None:
+    oracle = diffusers.LCMScheduler(timestep_scaling=3.0)
+    x, x0, variance = draws(3, 2, 4, 8, 8)
+    for t in (0, 1, 19, 999):
+        skip, out = oracle.get_scalings_for_boundary_condition_discrete(torch.tensor(t))
+        sigma = float(SD.sigmas[t])
+        said = bounded(lambda x, sigma: Estimate(x0, variance), {sigma: float(t)}, 3.0)(x, sigma)
+        torch.testing.assert_close(said.x0, skip * x * c_in(sigma) + out * x0, rtol=0, atol=1e-6)
+        assert said.variance is variance
+    assert torch.equal(bounded(lambda x, sigma: Estimate(x0), {1e-9: 0.0}, 10.0)(x, 1e-9).x0, x)

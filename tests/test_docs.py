@@ -297,6 +297,8 @@ def test_the_reference_is_fresh(tmp_path):
     """docs/api.md is what docs/api.py writes now; --check sees when it is not."""
     script = runpy.run_path(str(DOCS / "api.py"))
     assert script["main"](["--check"]) == 0, "run: python docs/api.py"
+    schedulers = runpy.run_path(str(DOCS / "convergence.py"))
+    assert schedulers["main"](["--check"]) == 0, "run: python docs/convergence.py"
     for name in {*ldm.__all__} - {"__version__"}:
         assert f"### `ldm.{name}`" in PAGES["api.md"]
     stale = tmp_path / "api.md"
@@ -355,9 +357,9 @@ def test_tables_are_complete():
     assert first_cells(recipes, "field") == ["version", *(field.name for field in fields(Recipe))]
     kept = {field.name for field in fields(Request)} - {*NOT_KEPT}
     assert set(first_cells(recipes, "field of `request`")) == kept
-    rows = re.findall(r"^\| `(\S+)` \| ([^|,]+?)(?:, (\w+))? \| (\w+), (\w+) \|$", recipes, re.MULTILINE)
-    assert {row[0]: (row[1], row[2] or None, row[3], row[4]) for row in rows} == infotext.SAMPLERS
-    assert first_cells(PAGES["concepts.md"], "name") == [*SCHEDULERS]
+    rows = re.findall(r"^\| `(\S+)` \| ([^|]+) \| (\w*) ?\|$", recipes, re.MULTILINE)
+    assert {row[0]: row[1:] for row in rows} == {n: (r.a1111, r.comfy) for n, r in infotext.SAMPLERS.items()}
+    assert first_cells(PAGES["schedulers.md"], "name")[: len(SCHEDULERS)] == [*SCHEDULERS]
 
 
 def test_the_parameters_shown_are_those_written():

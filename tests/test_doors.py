@@ -34,19 +34,26 @@ SAMPLE: dict[str, Any] = {  # another value than the default for every field
     "prompt": ("an owl", "a pizza"), "negative_prompt": "red", "num_images_per_prompt": 3, "seed": 0,
     "variation_strength": 0.5, "variation_seed": 9, "num_inference_steps": 7, "guidance_scale": 2.5,
     "guidance_rescale": 0.5, "height": 64, "width": 32, "scheduler": "euler_a", "eta": 0.25, "clip_skip": 1,
-    "original_height": 128, "original_width": 96, "crop_top": 4, "crop_left": 2, "aesthetic_score": 7.5,
-    "negative_aesthetic_score": 1.5, "denoising_start": 0.25, "denoising_end": 0.75,
+    "nfe": 12, "schedule_type": "karras", "literal": True, "profile": "a1111", "noise_source": "gpu",
+    "eta_noise_seed_delta": 31337, "original_height": 128, "original_width": 96, "crop_top": 4, "crop_left": 2,
+    "aesthetic_score": 7.5, "negative_aesthetic_score": 1.5, "denoising_start": 0.25, "denoising_end": 0.75,
     "refiner_start": 0.5,
 }  # fmt: skip
+ONE_OF: list[dict[str, Any]] = [  # what each says how many steps there are, in place of SAMPLE's nfe
+    {"nfe": 12}, {"timesteps": (999.0, 3.5)}, {"sigmas": (9.0, 2.0)}, {"timestep_respacing": "10,15"},
+]  # fmt: skip
 
 
 # -- one order, many doors --------------------------------------------------------------------------------------------
 
 
-def test_flags_keys_fields_and_arguments_are_those_of_request(run, model, monkeypatch, tmp_path):
+@pytest.mark.parametrize("steps", ONE_OF, ids=[next(iter(one)) for one in ONE_OF])
+def test_flags_keys_fields_and_arguments_are_those_of_request(run, model, monkeypatch, tmp_path, steps):
     """The same values, said by flags, YAML, --set, a line of jsonl and keyword arguments, are the same Request."""
     names = {field.name for field in fields(Request)}
-    assert SAMPLE.keys() == names - {*NOT_HERE} == {*FIELDS.values()} - {*NOT_HERE}
+    every = {name for one in ONE_OF for name in one}
+    assert SAMPLE.keys() | every == names - {*NOT_HERE} == {*FIELDS.values()} - {*NOT_HERE}
+    sample = {name: value for name, value in SAMPLE.items() if name not in every} | steps
     embeds = {f"{half}{kind}_embeds" for half in ("", "negative_") for kind in ("prompt", "pooled_prompt")}
     own = {"self", "prompt", "generator", "latents", "fields"} | embeds
     assert inspect.signature(Pipeline.__call__).parameters.keys() == own and own & names == {"prompt"}
@@ -59,8 +66,12 @@ def test_flags_keys_fields_and_arguments_are_those_of_request(run, model, monkey
     monkeypatch.setattr(Pipeline, "resolve", resolve)
     flags = {p.name: p.opts[0] for p in get_command(app).commands["generate"].params if p.name in names}
     assert flags == {f.name: flag_of(f) for f in fields(Request) if f.name not in NOT_HERE} | {"prompt": "prompt"}
-    typed = [word for name, flag in flags.items() if name != "prompt" for word in (flag, SAMPLE[name])]
-    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in SAMPLE.items()}
+    typed = []
+    for name, value in sample.items():
+        several = value if isinstance(value, tuple) else (value,)
+        typed += [word for one in several for word in (flags[name], *([] if one is True else [one]))]
+    typed = typed[4:]  # the two prompts are arguments
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in sample.items()}
     names_of_flags = {field: key for key, field in FIELDS.items()}
     short = {names_of_flags[name]: value for name, value in plain.items()}
     assert {"negative", "n", "steps", "guidance"} <= short.keys()
@@ -69,15 +80,15 @@ def test_flags_keys_fields_and_arguments_are_those_of_request(run, model, monkey
     Path("a.jsonl").write_text(json.dumps(short))
     settings = [word for name, value in plain.items() for word in ("--set", f"{name}={json.dumps(value)}")]
     doors = [
-        [*SAMPLE["prompt"], *typed], ["--config", "long.yaml"], ["--config", "short.yaml"], settings,
+        [*sample["prompt"], *typed], ["--config", "long.yaml"], ["--config", "short.yaml"], settings,
         ["--prompts-file", "a.jsonl"],
     ]  # fmt: skip
     for words in doors:
         refused(run("generate", "--model", model, *words), 1, "enough")
     with pytest.raises(LdmError, match="enough"):
-        Pipeline.from_pretrained(model)(**SAMPLE)
-    assert asked == [Request(**SAMPLE)] * (len(doors) + 1)
-    assert make_request(None, SAMPLE) == Request(**SAMPLE)
+        Pipeline.from_pretrained(model)(**sample)
+    assert asked == [Request(**sample)] * (len(doors) + 1)
+    assert make_request(None, sample) == Request(**sample)
 
 
 def test_later_places_win(draw, planned):

@@ -170,6 +170,7 @@ REQUESTS: list[dict[str, Any]] = [
     {"prompt": '-it\'s "$HOME" `id` $(id) !! \\ \n --seed 3'},
     {"prompt": "tab\t, escape \x1b[201~\x03\nrm -rf ~\n it's \\ \x9b \u202e 0"},
     {"prompt": "🦉 鸟 👩‍🚀", "eta": 0.5, "clip_skip": 1, "variation_strength": 0.25, "variation_seed": 4},
+    {"prompt": "an (owl)", "literal": True, "sigmas": [9.0, 2.0], "timesteps": []},
 ]
 
 
@@ -186,7 +187,11 @@ def test_the_command_is_what_a_shell_reads(request_: dict[str, Any]):
         "negative_prompt": "--negative", "num_inference_steps": "--steps", "guidance_scale": "--guidance",
         "seed": "--seed", "scheduler": "--scheduler", "eta": "--eta", "clip_skip": "--clip-skip", "width": "--width",
         "height": "--height", "variation_strength": "--variation-strength", "variation_seed": "--variation-seed",
+        "literal": "--literal", "sigmas": "--sigmas",
     }  # fmt: skip
+    if request_.get("literal"):
+        assert words == ["generate", "an (owl)", "--sigmas", "9.0", "--sigmas", "2.0", "--literal"]
+        return
     plain = {name: value[0] if isinstance(value, tuple) else value for name, value in request_.items()}
     assert words[0] == "generate" and plain.pop("prompt") in words
     for name, value in plain.items():

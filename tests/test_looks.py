@@ -279,7 +279,7 @@ def test_sheets_and_variations_of_a_grid(run, draw, model):
         (["a pizza", "--x", "steps=1,2"], ("one picture",)),
         (["--x", "steps"], ("no values",)),
         (["--x", "steps=0"], ("num_inference_steps is 0",)),
-        (["--x", "seed=1..400", "--y", "steps=1..400", "--z", "clip_skip=0..99"], ("16000000 pictures", "2500")),
+        (["--x", "seed=1..400", "--y", "steps=1..400", "--z", "clip_skip=1..100"], ("16000000 pictures", "2500")),
         (["--x", "scheduler=euler,eulr"], ("'eulr'", "'euler'")),
         (["--x", "steps=1", "-o", "g.gif"], ("'.gif'",)),
         (["--x", "steps=1", "-o", "there.png"], ("there.png exists", "--overwrite")),

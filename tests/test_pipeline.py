@@ -167,8 +167,8 @@ PARITY: dict[str, Case] = {  # scheduler, scheduler_config.json, request
     "rescaled": ("ddim", SCHEDULER, {"guidance_scale": 4.0, "guidance_rescale": 0.7}),
     "rescaled, dpm++2m": ("dpm++2m", ORDINARY, {"guidance_scale": 4.0, "guidance_rescale": 1.0}),
     "negative": ("ddim", SCHEDULER, {"guidance_scale": 4.0, "negative_prompt": "a pizza on green"}),
-    "clip_skip 1": ("ddim", SCHEDULER, {"guidance_scale": 4.0, "clip_skip": 1}),
-    "clip_skip 2": ("ddim", SCHEDULER, {"guidance_scale": 1.0, "clip_skip": 2}),
+    "clip_skip 1": ("ddim", SCHEDULER, {"guidance_scale": 4.0, "clip_skip": 1, "profile": "diffusers"}),
+    "clip_skip 2": ("ddim", SCHEDULER, {"guidance_scale": 1.0, "clip_skip": 2, "profile": "diffusers"}),
     "odd levels": ("ddim", SCHEDULER, {"guidance_scale": 4.0, "height": 72, "width": 56}),
     "lists": ("ddim", SCHEDULER, {"guidance_scale": 2.5, **LISTS}),
 }
@@ -184,7 +184,7 @@ def test_equals_stock_diffusers(pipeline: Pipeline, stock: Any, case: str) -> No
     )
     noise = torch.randn(images, 4, options["height"] // 4, options["width"] // 4)
     ours = pipeline(scheduler=scheduler, latents=noise, output_type="np", **options)
-    given = {name: value for name, value in options.items() if name != "clip_skip"}
+    given = {name: value for name, value in options.items() if name not in ("clip_skip", "profile")}
     if "clip_skip" in options:  # stock diffusers looks for the norm where transformers 5 no longer has it
         given |= skipped(stock, given.pop("prompt"), options["clip_skip"])
     theirs = with_scheduler(stock, config, scheduler)(latents=noise.clone(), output_type="latent", **given).images
@@ -380,6 +380,7 @@ def test_the_request_of_a_result_draws_it_again(pipeline: Pipeline) -> None:
         height=32,
         width=32,
         scheduler="ddim",
+        noise_source="cpu",
     )
     assert len(set(first.seeds)) == 4 and pipeline("a taco").seeds != pipeline("a taco").seeds
     again = pipeline(order)
@@ -496,7 +497,14 @@ BAD: list[tuple[dict[str, Any], tuple[str, ...]]] = [  # fields -> what the sent
     ({"width": True}, ("width is True", "whole number")),
     ({"scheduler": 3}, ("scheduler is 3", "name")),
     ({"eta": 2}, ("eta is 2", "from 0 to 1")),
-    ({"clip_skip": -1}, ("clip_skip is -1", "from 0 to 100")),
+    ({"clip_skip": 0}, ("clip_skip is 0", "from 1 to 100")),
+    ({"clip_skip": -1, "profile": "diffusers"}, ("clip_skip is -1", "from 0 to 100")),
+    ({"nfe": 7, "sigmas": (2.0, 1.0)}, ("nfe and sigmas", "one of them")),
+    ({"timesteps": ("a",)}, ("timesteps are ('a',)", "numbers that fall")),
+    ({"profile": "comfy"}, ("unknown profile 'comfy'", "diffusers, a1111")),
+    ({"noise_source": "gpus"}, ("did you mean 'gpu'",)),
+    ({"literal": 1}, ("literal is 1", "true or false")),
+    ({"schedule_type": 3}, ("schedule_type is 3", "text")),
     ({"output_type": "jpg"}, ("unknown output_type 'jpg'", "pil, pt, np, latent")),
     ({"output_type": None}, ("unknown output_type 'None'", "pil, pt, np, latent")),
 ]
@@ -531,13 +539,17 @@ UNFIT: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"prompt": []}, ("give a prompt or prompt_embeds",)),
     ({"prompt_embeds": shaped(1, 16, 32)}, ("one of them",)),  # beside a prompt
     ({"scheduler": "euler b"}, ("unknown scheduler 'euler b'", "did you mean 'euler", "ddim")),
-    ({"height": 34}, ("size 32x34", "multiples of 4")),
     ({"seed": [1, 2]}, ("2 seeds for 1 pictures", "one for each")),
     ({"num_images_per_prompt": 6000, "prompt": ["a", "b"]}, ("12000 pictures", "at most 10000")),
-    ({"prompt": "a taco on a red background " * 3 + "unseen"}, ("longer than the encoder's 14 tokens", "unseen'")),
-    ({"negative_prompt": "owl " * 15 + "unheard"}, ("longer than the encoder's 14 tokens", "unheard'")),
-    ({"clip_skip": 7}, ("7", "3 layers")),
-    ({"scheduler": "heun", "eta": 0.5}, ("eta is 0.5", "heun", "ddim or euler_a")),
+    ({"clip_skip": 7}, ("clip_skip is 7", "takes 1 to 3")),
+    ({"scheduler": "heun", "eta": 0.5}, ("eta is 0.5", "heun", "one of ddim, euler_a")),
+    ({"schedule_type": "karas"}, ("did you mean 'karras'",)),
+    ({"schedule_type": "karras", "scheduler": "lcm"}, ("lcm visits the times", "grid karras")),
+    ({"timesteps": (5, 7)}, ("timesteps are (5, 7)", "fall")),
+    ({"timesteps": (1000, 7), "num_inference_steps": None}, ("timesteps begin at 1000", "from 0 to 999")),
+    ({"timesteps": (999, 7)}, ("1 steps were asked for, and a run of 2",)),
+    ({"timestep_respacing": "a,b"}, ("timesteps are 'a,b'", "'10,15,20'")),
+    ({"timestep_respacing": "ddim999"}, ("no whole stride",)),
     ({"latents": shaped(1, 4, 8, 9)}, ("latents of shape [1, 4, 8, 9]", "[1, 4, 8, 8]")),
     ({"latents": shaped(1, 4, 8, 8) / 0}, ("not all finite",)),
     ({"generator": [torch.Generator()] * 2}, ("2 generators for 1 pictures", "one for each")),

@@ -14,13 +14,15 @@ from typing import Any
 import pytest
 from PIL import Image, PngImagePlugin
 
-from ldm import images
+from ldm import images, names
+from ldm.diffusion.grids import GRIDS
+from ldm.diffusion.spacing import SPACINGS
 from ldm.errors import LdmError, ModelError, UsageError
-from ldm.infotext import SAMPLERS, comfy_fields, parse, request_fields, write
+from ldm.infotext import TIMED, comfy_fields, parse, request_fields, write
+from ldm.names import SAMPLERS
 from ldm.recipe import Recipe, differences, fields_of, from_json, read, texts
 from ldm.request import Request
-from ldm.schedulers import SCHEDULERS
-from ldm.schedulers.table import find
+from ldm.schedulers import SCHEDULERS, from_config
 
 SUFFIXES = (".png", ".jpg", ".webp", ".avif")
 PROMPTS = [
@@ -35,7 +37,7 @@ RECIPE = Recipe(
     request=fields_of(
         Request(
             prompt="an owl", negative_prompt="", seed=42, num_inference_steps=20, guidance_scale=7.0, height=48,
-            width=64, scheduler="dpm++2m_karras", clip_skip=1,
+            width=64, scheduler="dpm++2m", schedule_type="karras", clip_skip=2, noise_source="cpu",
         )
     ),
     model="emoji-64",
@@ -100,7 +102,12 @@ def as_a1111_reads(text: str) -> dict[str, str]:
     return found
 
 
+def written(**fields: Any) -> str:
+    return texts(replace(RECIPE, request=RECIPE.request | fields))["parameters"]
+
+
 def test_parameters_have_the_form_of_a1111() -> None:
+    """Keys in the order of A1111's create_infotext; what it leaves out at its default is left out."""
     varied = {"variation_strength": 0.25, "variation_seed": 9}
     recipe = replace(with_prompt("an owl\nat night", "rain"), model='a "b", c: d')
     assert texts(replace(recipe, request=recipe.request | varied))["parameters"] == (
@@ -109,11 +116,19 @@ def test_parameters_have_the_form_of_a1111() -> None:
         'Model hash: 6666666666, Model: "a \\"b\\", c: d", Variation seed: 9, Variation seed strength: 0.25, '
         "Clip skip: 2, RNG: CPU, Version: ldm 0.1.0"
     )
-    plain = texts(replace(RECIPE, request=RECIPE.request | {"scheduler": "ddim", "clip_skip": None}))["parameters"]
-    assert plain == (
-        "an owl\nSteps: 20, Sampler: DDIM, CFG scale: 7, Seed: 42, Size: 64x48, Model hash: 6666666666, "
-        "Model: emoji-64, RNG: CPU, Version: ldm 0.1.0"
+    model = "Size: 64x48, Model hash: 6666666666, Model: emoji-64"
+    assert written(scheduler="ddim", schedule_type=None, clip_skip=None) == (
+        f"an owl\nSteps: 20, Sampler: DDIM, CFG scale: 7, Seed: 42, {model}, RNG: CPU, Version: ldm 0.1.0"
     )
+    assert written(
+        scheduler="euler_a", schedule_type="sgm_uniform", profile="a1111", noise_source="gpu", eta=0.5,
+        eta_noise_seed_delta=31337, literal=True, prompt="an (owl)",
+    ) == (
+        f"an (owl)\nSteps: 20, Sampler: Euler a, Schedule type: SGM Uniform, CFG scale: 7, Seed: 42, {model}, "
+        "Clip skip: 2, ENSD: 31337, RNG: NV, Emphasis: None, Eta: 0.5, Profile: a1111, Version: ldm 0.1.0"
+    )  # fmt: skip
+    assert "Clip skip: 2, RNG: CPU, Profile: diffusers" in written(clip_skip=1, profile="diffusers")
+    assert not {"Clip skip", "Emphasis"} & parse(written(clip_skip=1, literal=True)).keys()
     assert write({"prompt": "x", "num_inference_steps": 4, "seed": 1}, {"Own": "1", "Version": "z"}).endswith(
         "\nSteps: 4, Seed: 1, Own: 1, Version: z"
     )
@@ -151,37 +166,129 @@ def test_half_surrogates_do_not_stop_a_picture_from_being_saved(tmp_path: Path) 
         assert images.read_text(tmp_path / f"a{suffix}")["parameters"].startswith("an ? owl\nSteps: 20,")
 
 
+COMFY_SAMPLERS = (  # its comfy/samplers.py
+    "euler", "euler_cfg_pp", "euler_ancestral", "euler_ancestral_cfg_pp", "heun", "heunpp2", "dpm_2",
+    "dpm_2_ancestral", "lms", "dpm_fast", "dpm_adaptive", "dpmpp_2s_ancestral", "dpmpp_2s_ancestral_cfg_pp",
+    "dpmpp_sde", "dpmpp_sde_gpu", "dpmpp_2m", "dpmpp_2m_cfg_pp", "dpmpp_2m_sde", "dpmpp_2m_sde_gpu",
+    "dpmpp_2m_sde_heun", "dpmpp_2m_sde_heun_gpu", "dpmpp_3m_sde", "dpmpp_3m_sde_gpu", "ddpm", "lcm", "ipndm",
+    "ipndm_v", "deis", "res_multistep", "er_sde", "seeds_2", "seeds_3", "sa_solver", "ddim", "uni_pc", "uni_pc_bh2",
+)  # fmt: skip
+COMFY_SCHEDULES = (
+    "normal", "karras", "exponential", "sgm_uniform", "simple", "ddim_uniform", "beta", "linear_quadratic",
+    "kl_optimal",
+)  # fmt: skip
+SD1 = {"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
 def test_samplers_are_the_schedulers() -> None:
-    """The table that needs no torch has a row for each scheduler, under names that the scheduler itself is found by."""
+    """The tables that need no torch have a row for each scheduler and each grid, and say of it what is so."""
     assert SAMPLERS.keys() == SCHEDULERS.keys()
+    assert {row.name: row.label or row.name for row in GRIDS.values()} == names.GRIDS
+    assert names.SPACINGS == SPACINGS
     for name, row in SAMPLERS.items():
-        karras = row.schedule_type == "Karras"
-        assert find(row.a1111 + " Karras" * karras).name == name
-        assert find(row.comfy + "_karras" * karras).name == name
-        text = write({"prompt": "x", "scheduler": name, "seed": 1, "num_inference_steps": 2}, {"RNG": "CPU"})
-        assert request_fields(text) == (
-            {"prompt": "x", "negative_prompt": "", "scheduler": name, "seed": 1, "num_inference_steps": 2}, []
-        )  # fmt: skip
-        graph = json.loads(json.dumps(COMFY))
-        graph["3"]["inputs"] |= {"sampler_name": row.comfy, "scheduler": row.comfy_schedule}
-        assert comfy_fields(json.dumps(graph))[0]["scheduler"] == name
+        scheduler, there = SCHEDULERS[name], from_config(SD1, name, profile="a1111")
+        assert row.a1111 == (scheduler.label or name)
+        assert (row.eta, row.noise) == ("eta" in scheduler.options, bool(scheduler.noise))
+        assert (row.exact, name in TIMED) == (not there.note, there.family == "compvis")
+        assert row.comfy in ("", *COMFY_SAMPLERS) and row.comfy != "ddim"
+    there = [row.comfy for row in SAMPLERS.values() if row.comfy]
+    assert len(set(there)) == len(there)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_names_come_back(name: str) -> None:
+    """Of each scheduler with each grid, from our text of A1111's form, from A1111's own, from ComfyUI's graph."""
+    row, plain = SAMPLERS[name], {"prompt": "x", "negative_prompt": "", "seed": 1, "num_inference_steps": 2}
+    for grid in (None, *GRIDS):
+        for profile in (None, "a1111"):
+            if (name in TIMED and grid) or (profile and not grid and row.exact):  # such are not drawn
+                continue
+            said = plain | {"scheduler": name, "noise_source": "gpu"}
+            said |= {key: value for key, value in (("schedule_type", grid), ("profile", profile)) if value}
+            found = request_fields(write(said, {"Version": "ldm 1"}))[0]
+            lost = {"schedule_type"} if (grid, profile) == ("uniform", None) else set()  # as no grid is written so too
+            assert found == {key: value for key, value in said.items() if key not in lost}
+        label = GRIDS[grid].label if grid else "Automatic"
+        if label and row.a1111 == SCHEDULERS[name].label:
+            found, notes = request_fields(f"x\nSteps: 2, Sampler: {row.a1111}, Schedule type: {label}, Seed: 1")
+            heeded = {"schedule_type": grid} if grid and row.exact and name not in TIMED else {}
+            assert found == plain | {"scheduler": name, "profile": "a1111", "noise_source": "gpu"} | heeded
+            assert len(notes) == (not row.exact)
+    for schedule in COMFY_SCHEDULES if row.comfy else ():
+        found, notes = comfy_fields(graph_of(row.comfy, schedule))
+        assert (found["scheduler"], found["profile"], found["noise_source"]) == (name, "a1111", "cpu")
+        assert found.get("schedule_type") == (schedule if schedule in GRIDS and name != "lcm" else None)
+        assert any("linear_quadratic" in note for note in notes) == (schedule == "linear_quadratic")
+
+
+def graph_of(sampler: str, schedule: str, words: str = "a glass bottle") -> str:
+    graph = json.loads(json.dumps(COMFY))
+    graph["3"]["inputs"] |= {"sampler_name": sampler, "scheduler": schedule}
+    graph["12"]["inputs"]["value"] = words
+    return json.dumps(graph)
 
 
 @pytest.mark.parametrize(
-    ("sampler", "scheduler", "note"),
+    ("sampler", "scheduler", "grid", "note"),
     [
-        ("DPM++ 2M Karras", "dpm++2m_karras", None),
-        ("DPM++ 2M, Schedule type: Automatic", "dpm++2m_karras", None),
-        ("DPM++ 2M", "dpm++2m", None),
-        ("Euler a, Schedule type: Automatic", "euler_a", None),
-        ("Euler, Schedule type: Karras", "euler", "'Karras' is not known for euler"),
-        ("UniPC", None, "'UniPC' is not known here"),
+        ("DPM++ 2M Karras", "dpm++2m", "karras", None),
+        ("DPM++ 2M SDE Heun Exponential", "dpm++2m_sde_heun", "exponential", None),
+        ("DPM++ 2M, Schedule type: Automatic", "dpm++2m", None, None),
+        ("DPM++ 2M, Schedule type: karras", "dpm++2m", "karras", None),  # of 1.6 to 1.8
+        ("DPM++ 2M", "dpm++2m", "uniform", None),  # before 1.9
+        ("Euler a, Schedule type: Automatic", "euler_a", None, None),
+        ("DDIM, Schedule type: Karras", "ddim", None, None),  # which does not heed it
+        ("dpmpp_2m_karras", "dpm++2m", "karras", None),  # of nodes of ComfyUI that write this text
+        (
+            "Euler, Schedule type: Turbo",
+            "euler",
+            None,
+            "the schedule 'turbo' is not known here; the usual one of euler",
+        ),
+        ("UniPC, Schedule type: Karras", "unipc", None, "UniPC runs here as in diffusers"),
+        ("DPM adaptive", None, None, "'DPM adaptive' is not known here"),
+        ("DPM++ 2M SDE, Schedule type: Karras, Eta: 0.5", "dpm++2m_sde", "karras", "Eta 0.5 was left out"),
+        ("Euler, Schedule type: Karras, Emphasis: No norm", "euler", "karras", "emphasis Original, not 'No norm'"),
+        ("Euler, Schedule type: Karras, Schedule rho: 5", "euler", "karras", "not carried over: Schedule rho"),
+        ("Euler, Schedule type: Karras, Pad conds: True", "euler", "karras", "not carried over: Pad conds"),
+        ("Euler, Schedule type: Karras, Profile: x", "euler", "karras", "not carried over: Profile"),
     ],
 )
-def test_names_of_samplers_are_understood(sampler: str, scheduler: str | None, note: str | None) -> None:
+def test_names_of_samplers_are_understood(
+    sampler: str, scheduler: str | None, grid: str | None, note: str | None
+) -> None:
     found, notes = request_fields(f"an owl\nSteps: 20, Sampler: {sampler}, Seed: 1, RNG: CPU")
-    assert found.get("scheduler") == scheduler
+    assert (found.get("scheduler"), found.get("schedule_type"), "eta" in found) == (scheduler, grid, False)
     assert len(notes) == (note is not None) and all(note in text for text in notes if note)
+
+
+@pytest.mark.parametrize(
+    ("keys", "fields"),
+    [
+        ("", {"noise_source": "gpu"}),
+        ("RNG: GPU", {"noise_source": "gpu"}),
+        ("RNG: NV", {"noise_source": "gpu"}),
+        ("RNG: CPU", {"noise_source": "cpu"}),
+        ("Version: ComfyUI", {"noise_source": "cpu"}),
+        ("ENSD: 31337, Eta: 0.4", {"eta_noise_seed_delta": 31337, "eta": 0.4}),
+        ("Clip skip: 2", {"clip_skip": 2}),
+        ("Emphasis: None", {"literal": True}),
+        ("Emphasis: Original", {}),
+        ("RNG: CPU, Version: ldm 1", {"profile": None, "noise_source": "cpu"}),
+        ("RNG: NV, Profile: a1111, Version: ldm 1", {"profile": "a1111", "noise_source": "gpu"}),
+        ("Clip skip: 2, Emphasis: None, RNG: CPU, Profile: diffusers, Version: ldm 1",
+         {"profile": "diffusers", "noise_source": "cpu", "clip_skip": 1}),
+    ],
+)  # fmt: skip
+def test_what_decides_a_picture_of_a1111(keys: str, fields: dict[str, Any]) -> None:
+    text = ", ".join(filter(None, ["an (owl)\nSteps: 20, Sampler: Euler a, Schedule type: Karras, Seed: 1", keys]))
+    plain = {
+        "prompt": "an (owl)", "negative_prompt": "", "num_inference_steps": 20, "seed": 1, "scheduler": "euler_a",
+        "schedule_type": "karras", "profile": "a1111", "noise_source": "gpu",
+    }  # fmt: skip
+    found, notes = request_fields(text)
+    assert found == {name: value for name, value in (plain | fields).items() if value is not None}
+    assert len(notes) == ("ldm" in keys)
 
 
 def test_a_picture_of_a1111(tmp_path: Path) -> None:
@@ -195,22 +302,26 @@ def test_a_picture_of_a1111(tmp_path: Path) -> None:
         "prompt": "masterpiece, (owl:1.2), <lora:style:0.8>\non a branch",
         "negative_prompt": "lowres, bad anatomy\nblurry",
         "num_inference_steps": 28, "guidance_scale": 6.5, "seed": 3141592653, "width": 512, "height": 768,
-        "scheduler": "dpm++2m_karras", "clip_skip": 1, "variation_seed": 7, "variation_strength": 0.25,
+        "scheduler": "dpm++2m", "schedule_type": "karras", "clip_skip": 2, "variation_seed": 7,
+        "variation_strength": 0.25, "profile": "a1111", "noise_source": "gpu",
     }  # fmt: skip
     assert found.notes == (
         "it was made with the model 'v1-5-pruned-emaonly', hash '6ce0161689'",
-        "its noise did not come from a CPU generator, so the same seed gives another picture here",
+        "A1111 turns the noise of variations column by column, here it is turned as a whole",
         "not carried over: Denoising strength, Hires upscale, Hires steps, Hires upscaler, Lora hashes",
         "the prompt calls for networks that are not loaded: <lora:style:0.8>",
     )
 
 
 def test_values_out_of_range_are_noted_and_left_out() -> None:
-    line = "Steps: 9999, Sampler: Euler, CFG scale: high, Seed: -1, Size: 64x99999, Clip skip: 1, RNG: CPU"
+    line = "Steps: 9999, Sampler: Euler, CFG scale: high, Seed: -1, Size: 64x99999, Clip skip: 1, ENSD: -3, RNG: CPU"
     found, notes = request_fields(f"x\n{line}")
-    assert found == {"prompt": "x", "negative_prompt": "", "scheduler": "euler", "width": 64, "clip_skip": 0}
+    assert found == {
+        "prompt": "x", "negative_prompt": "", "scheduler": "euler", "schedule_type": "uniform", "width": 64,
+        "clip_skip": 1, "profile": "a1111", "noise_source": "cpu",
+    }  # fmt: skip
     assert [re.match(r"\w+( scale)?", note)[0] for note in notes] == [  # type: ignore[index]
-        "CFG scale", "num_inference_steps", "seed", "height"
+        "CFG scale", "num_inference_steps", "seed", "height", "eta_noise_seed_delta"
     ]  # fmt: skip
     assert parse("Steps: 1, Seed: 2") == {"Prompt": "Steps: 1, Seed: 2", "Negative prompt": ""}  # two are too few
 
@@ -232,10 +343,40 @@ def test_a_picture_of_comfyui(tmp_path: Path, suffix: str) -> None:
     assert (found.source, found.recipe) == ("comfyui", None)
     assert found.request == {
         "prompt": "a glass bottle", "negative_prompt": "text, watermark", "num_inference_steps": 20,
-        "guidance_scale": 8.0, "seed": 156680208700286, "width": 512, "height": 384, "scheduler": "dpm++2m_karras",
-        "clip_skip": 1,
+        "guidance_scale": 8.0, "seed": 156680208700286, "width": 512, "height": 384, "scheduler": "dpm++2m",
+        "schedule_type": "karras", "clip_skip": 2, "profile": "a1111", "noise_source": "cpu",
     }  # fmt: skip
-    assert found.notes == ("it was made with the model 'v1-5.safetensors'", "not carried over: LoraLoader")
+    assert found.notes == (
+        "ComfyUI begins with a trace more noise and rounds timesteps, so the picture is a little different here",
+        "it was made with the model 'v1-5.safetensors'",
+        "not carried over: LoraLoader",
+    )
+
+
+@pytest.mark.parametrize(
+    ("sampler", "schedule", "words", "fields", "said"),
+    [
+        ("ddim", "ddim_uniform", "a", {"scheduler": "euler", "schedule_type": "ddim_uniform"}, ()),
+        ("euler_ancestral", "normal", "a", {"scheduler": "euler_a"}, ("fresh noise of euler_ancestral",)),
+        ("dpmpp_2m_sde", "karras", "a", {"scheduler": "dpm++2m_sde"}, ()),
+        ("dpmpp_2m_sde_gpu", "karras", "a", {"scheduler": "dpm++2m_sde"}, ("fresh noise of dpmpp_2m_sde_gpu",)),
+        ("dpmpp_3m_sde", "karras", "a", {"scheduler": "dpm++3m_sde"}, ("levels of dpmpp_3m_sde with karras",)),
+        ("euler", "beta", "a", {"schedule_type": "beta"}, ("levels of euler with beta",)),
+        ("uni_pc", "normal", "a", {"scheduler": "unipc_bh1"}, ("uni_pc runs here as in diffusers",)),
+        ("lcm", "sgm_uniform", "a", {"scheduler": "lcm", "schedule_type": None}, ("lcm runs here", "fresh noise")),
+        ("euler", "normal", "an (owl:1.2)", {"literal": None}, ("weighs words in brackets otherwise",)),
+        ("euler", "normal", "an [owl|cat]", {"literal": True}, ()),
+        ("euler", "normal", "an owl AND a cat", {"literal": True}, ()),
+        ("euler", "normal", r"an \(owl\)", {"literal": None, "prompt": r"an \(owl\)"}, ()),
+    ],
+)
+def test_what_is_otherwise_in_comfyui(
+    sampler: str, schedule: str, words: str, fields: dict[str, Any], said: tuple[str, ...]
+) -> None:
+    found, notes = comfy_fields(graph_of(sampler, schedule, words))
+    assert {name: found.get(name) for name in fields} == fields
+    noted = [note for note in notes if "a trace more" not in note and "made with" not in note and "Lora" not in note]
+    assert len(noted) == len(said) and all(any(part in note for note in noted) for part in said), noted
 
 
 def test_graphs_of_comfyui_of_other_shapes() -> None:
@@ -251,9 +392,8 @@ def test_graphs_of_comfyui_of_other_shapes() -> None:
     graph["30"] = {"class_type": "ConditioningZeroOut", "inputs": {"conditioning": ["6", 0]}}
     found, notes = comfy_fields(json.dumps(graph))
     assert "seed" not in found and found["negative_prompt"] == ""
-    assert [note.split()[0] for note in notes[:2]] == ["it", "its"] and any(
-        "seed is 18446744073709551615" in n for n in notes
-    )
+    for part in ("it is one of a batch", "its latents did not begin", "seed is 18446744073709551615"):
+        assert any(part in note for note in notes), part
     graph["6"]["inputs"]["text"] = ["6", 0]  # in a circle
     graph["5"] = {"class_type": "VAEEncode", "inputs": {"pixels": ["5", 0], "vae": ["4", 2]}}
     found, notes = comfy_fields(json.dumps(graph))
@@ -280,22 +420,47 @@ def test_the_json_form_is_complete_and_private() -> None:
     assert from_json(texts(adapted)["ldm"]) == adapted != RECIPE
 
 
-def test_recipes_of_version_1_stay_readable() -> None:
-    """A form as version 1 writes it, with only what a request must say: fields that came later are at their default."""
-    request = {
-        "prompt": "an owl", "negative_prompt": "", "seed": 1, "num_inference_steps": 4, "guidance_scale": 5.0,
+VERSION_1: dict[str, Any] = {
+    "version": 1, "model": "m", "components": {"unet": "0" * 64}, "scheduler": {}, "threads": 1, "device": "cpu",
+    "dtype": "fp32", "versions": {}, "adapters": [],
+    "request": {
+        "prompt": "an (owl)", "negative_prompt": "", "seed": 1, "num_inference_steps": 4, "guidance_scale": 5.0,
         "height": 32, "width": 32, "scheduler": "ddim",
-    }  # fmt: skip
-    form = {
-        "version": 1, "request": request, "model": "m", "components": {"unet": "0" * 64}, "scheduler": {}, "threads": 1,
-        "device": "cpu", "dtype": "fp32", "versions": {}, "adapters": [],
-    }  # fmt: skip
-    assert from_json(json.dumps(form)).request == fields_of(Request(**request))  # type: ignore[arg-type]
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("then", "now"),
+    [
+        ({}, {}),
+        ({"clip_skip": 1, "eta": 0.5}, {"clip_skip": 1, "eta": 0.5}),
+        ({"clip_skip": 0}, {"clip_skip": 0}),
+        ({"scheduler": "dpm++2m"}, {"scheduler": "dpm++2m"}),
+        ({"scheduler": "dpm++2m_karras"}, {"scheduler": "dpm++2m", "schedule_type": "karras"}),
+    ],
+)
+def test_recipes_of_version_1_stay_readable(then: dict[str, Any], now: dict[str, Any]) -> None:
+    """A form as version 1 writes it, with only what a request must say. It drew as diffusers does: prompts as they
+    stand, the CPU's noise, and clip_skip counted from 0, for the prompt alone.
+    """
+    recipe = from_json(json.dumps(VERSION_1 | {"request": VERSION_1["request"] | then}))
+    drawn = {"profile": "diffusers", "noise_source": "cpu"}
+    assert recipe.request == fields_of(Request(**VERSION_1["request"] | drawn | now))
+    assert from_json(texts(recipe)["ldm"]) == recipe
+
+
+def test_lists_of_levels_are_kept() -> None:
+    for name, values in (("timesteps", (999.0, 500.5, 1)), ("sigmas", (14.6, 0.03))):
+        recipe = replace(RECIPE, request=RECIPE.request | {name: values})
+        assert from_json(texts(recipe)["ldm"]) == recipe
+        assert differences(recipe, RECIPE) == [f"{name} a JSON list, was a JSON list"]
 
 
 ABSENT = object()
 FAULTS: list[tuple[str, Any, str]] = [
-    ("version", 2, "version 2 and only 1 .* update ldm"),
+    ("version", 3, "version 3 and only 1 to 2 .* update ldm"),
+    ("version", 0, "version 0"),
     ("version", True, "version True"),
     ("version", ABSENT, "version None"),
     ("device", ABSENT, "has no device"),
@@ -315,6 +480,10 @@ FAULTS: list[tuple[str, Any, str]] = [
     ("request.height", None, "height is not one value"),
     ("request.seed", [1, 2], "not of one picture"),
     ("request.prompt", ["a", "b"], "not of one picture"),
+    ("request.sigmas", {"a": 1}, "sigmas are"),
+    ("request.timesteps", ["1"], "timesteps are"),
+    ("request.clip_skip", 0, "clip_skip is 0"),
+    ("request.profile", "a1112", "unknown profile 'a1112'"),
     ("request.sede", 1, "unknown field 'sede'"),
     ("request.output_type", "pil", "unknown field 'output_type'"),
     ("request.num_inference_steps", 10**9, "num_inference_steps is 1000000000"),

@@ -14,12 +14,15 @@ from helpers import Done, files, pixels, refused, small_model, texts_in, told
 from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 
+from ldm.pipeline import Pipeline
+from ldm.recipe import from_json, recipe_of, texts
+from ldm.request import Request
 from ldm.schedulers import SCHEDULERS
 
 pytestmark = pytest.mark.usefixtures("quick")
 FORMATS = (".png", ".jpg", ".webp", ".avif")
 ODD = [
-    "--negative", 'red, or: "blue"', "--guidance", "2.5", "--guidance-rescale", "0.7", "--clip-skip", "1",
+    "--negative", 'red, or: "blue"', "--guidance", "2.5", "--guidance-rescale", "0.7", "--clip-skip", "2",
     "--size", "24x16", "--steps", "3", "--seed", "5", "--variation-strength", "0.3", "--variation-seed", "11",
 ]  # fmt: skip
 
@@ -31,7 +34,8 @@ def test_every_picture_carries_its_recipe_and_no_place(draw, tmp_path, monkeypat
     shutil.copytree(model, home / "nets" / "tiny")
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("USER", "alice")
-    words = ['an owl, small: "so"', *ODD, "--scheduler", "DPM++ 2M Karras", "--model", home / "nets" / "tiny"]
+    words = ['an owl, small: "so"', *ODD, "--scheduler", "DPM++ 2M Karras", "--profile", "a1111"]
+    words += ["--eta-noise-seed-delta", "31337", "--model", home / "nets" / "tiny"]
     draw(*words, "-o", tmp_path / f"a{suffix}")
     found = texts_in(f"a{suffix}")
     *prompt, negative, last = found["parameters"].split("\n")
@@ -43,9 +47,10 @@ def test_every_picture_carries_its_recipe_and_no_place(draw, tmp_path, monkeypat
     assert said | {"Model hash": "", "Model": "", "Version": ""} == {
         "Steps": "3", "Sampler": "DPM++ 2M", "Schedule type": "Karras", "CFG scale": "2.5", "Seed": "5",
         "Size": "24x16", "Model hash": "", "Model": "", "Variation seed": "11", "Variation seed strength": "0.3",
-        "Clip skip": "2", "RNG": "CPU", "Version": "",
+        "Clip skip": "2", "ENSD": "31337", "RNG": "NV", "Profile": "a1111", "Version": "",
     }  # fmt: skip
-    assert recipe["version"] == 1 and recipe["request"]["scheduler"] == "dpm++2m_karras"
+    assert recipe["version"] == 2
+    assert (recipe["request"]["scheduler"], recipe["request"]["schedule_type"]) == ("dpm++2m", "karras")
     assert recipe["components"].keys() == {"unet", "vae", "text_encoder", "tokenizer"}
     assert {"scheduler", "device", "dtype", "threads", "versions"} <= recipe.keys()
     raw = (tmp_path / f"a{suffix}").read_bytes()
@@ -63,17 +68,73 @@ def test_no_metadata_writes_none(draw, suffix):
             assert not image.getexif() and not {"parameters", "ldm", "exif"} & image.info.keys()
 
 
+@pytest.fixture(scope="module")
+def opened_once(model) -> Pipeline:
+    return Pipeline.from_pretrained(model, device="cpu")
+
+
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_a_picture_is_drawn_again(draw, run, model, scheduler):
+@pytest.mark.usefixtures("one_thread")
+def test_the_recipe_of_every_scheduler_is_whole(opened_once, scheduler):
+    """What the JSON form holds gives the same numbers, bit by bit; so it does for grids, lists and both profiles."""
+    eta = {"eta": 0.4} if "eta" in SCHEDULERS[scheduler].options else {}
+    listed = SCHEDULERS[scheduler].family != "distilled"
+    for fields in (
+        {"clip_skip": 2},
+        {"profile": "a1111", "eta_noise_seed_delta": 5, "nfe": 4} | ({"schedule_type": "Simple"} if listed else {}),
+        {"profile": "diffusers", "noise_source": "gpu", "timesteps": (900, 500.0, 40)},
+    ):
+        chosen = {"scheduler": scheduler, "seed": 5, "width": 24, "height": 16, "num_inference_steps": 3} | eta | fields
+        chosen = {name: value for name, value in chosen.items() if name != "num_inference_steps" or "nfe" not in fields}
+        drawn = opened_once("an (owl:1.2)", **chosen, output_type="latent")
+        (single,) = drawn.request.singles()
+        recipe = from_json(texts(recipe_of(opened_once, single, {"unet": "0" * 64}))["ldm"])
+        again = opened_once(Request(**recipe.request), output_type="latent")
+        assert torch.equal(drawn.latents, again.latents)
+        assert recipe_of(opened_once, next(again.request.singles()), {"unet": "0" * 64}).request == recipe.request
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("an owl", *ODD, "--scheduler", "dpm2", "--schedule-type", "beta"),
+        ("an (owl:1.3) by [day|night] AND a pizza :0.5", "--scheduler", "euler_a", "--profile", "a1111", "--eta", "0.4",
+         "--eta-noise-seed-delta", "31337", "--clip-skip", "2", "--steps", "4"),
+        ("an (owl)", "--scheduler", "ddim", "--profile", "diffusers", "--clip-skip", "0", "--nfe", "3"),
+        ("an (owl)", "--literal", "--scheduler", "dpm++2m_sde", "--sigmas", "12", "--sigmas", "1",
+         "--noise-source", "gpu"),
+        ("an owl", "--scheduler", "heun", "--timestep-respacing", "2,1"),
+        ("an owl", "--scheduler", "DPM++ SDE Karras", "--profile", "a1111", "--steps", "3"),
+    ],
+    ids=["odd", "a1111", "diffusers", "sigmas", "respacing", "sde"],
+)  # fmt: skip
+def test_a_picture_is_drawn_again(draw, run, model, words):
     """Identical pixels from the recipe alone, and `ldm verify` says so; what is given beside it replaces its part."""
-    eta = ["--eta", "0.4"] if "eta" in SCHEDULERS[scheduler].options else []
-    draw("an owl", *ODD, *eta, "--scheduler", scheduler, "-o", "a.png")
+    draw(*words, "-o", "a.png")
     draw("--from", "a.png", "-o", "b.png")
     assert np.array_equal(pixels("a.png"), pixels("b.png"))
     assert texts_in("a.png") == texts_in("b.png")
     draw("--from", "a.png", "--seed", "6", "-o", "c.png")
     assert not np.array_equal(pixels("a.png"), pixels("c.png"))
     assert run("verify", "a.png", "--model", model) == Done(0, "equal: every pixel is as it was drawn\n", "")
+
+
+def test_a_picture_of_version_1_is_drawn_again(draw, run, model):
+    """Its recipe said nothing of what came later: brackets were text, clip_skip counted from 0 for the prompt alone."""
+    words = ("an (owl)", "--negative", "red", "--scheduler", "dpm++2m", "--schedule-type", "karras", "--seed", "7")
+    draw(*words, "--profile", "diffusers", "--clip-skip", "1", "-o", "a.png")
+    draw(*words, "--clip-skip", "2", "-o", "other.png")
+    assert not np.array_equal(pixels("a.png"), pixels("other.png"))
+    form = json.loads(texts_in("a.png")["ldm"])
+    later = ("nfe", "schedule_type", "timesteps", "timestep_respacing", "sigmas", "literal", "profile", "noise_source",
+             "eta_noise_seed_delta")  # fmt: skip
+    then = {name: value for name, value in form["request"].items() if name not in later}
+    form |= {"version": 1, "request": then | {"scheduler": "dpm++2m_karras"}}
+    info = PngImagePlugin.PngInfo()
+    info.add_text("ldm", json.dumps(form))
+    with Image.open("a.png") as image:
+        image.save("old.png", pnginfo=info)
+    assert run("verify", "old.png", "--model", model) == Done(0, "equal: every pixel is as it was drawn\n", "")
 
 
 def test_a_recipe_is_that_of_the_one_picture(draw, planned):
@@ -236,7 +297,7 @@ def test_pictures_without_our_recipe(run, draw, planned, model):
     (row,) = planned("--from", "c.png")
     assert (row["prompt"], row["negative_prompt"], row["scheduler"], row["seed"]) == ("an {owl}", "red", "euler_a", 7)
     draw("an {owl}", "--literal", "--negative", "red", "--steps", "3", "--scheduler", "Euler a", "--guidance", "2",
-         "--seed", "7", "-o", "e.png")  # fmt: skip
+         "--seed", "7", "--profile", "a1111", "--schedule-type", "uniform", "-o", "e.png")  # fmt: skip
     assert np.array_equal(pixels("d.png"), pixels("e.png"))
     refused(run("verify", "c.png", "--model", model), 1, "not drawn by ldm", "--from")
 

@@ -101,6 +101,15 @@ def test_ids_equal_those_of_transformers(tokenizer: CLIPTokenizer, tmp_path, kep
     assert mine(prompts).ids.tolist() == theirs(tmp_path, prompts)
 
 
+def test_ids_of_ten_thousand_strings_equal_those_of_transformers(tmp_path) -> None:
+    mine, prompts = CLIPTokenizer.standard(), fuzz(10_000, seed=4)
+    mine.save(tmp_path)
+    oracle = transformers.CLIPTokenizer.from_pretrained(tmp_path)
+    expected = oracle(prompts, add_special_tokens=False).input_ids
+    assert [[index for word in mine.words(prompt) for index in word.ids] for prompt in prompts] == expected
+    assert max(map(len, expected)) > 77  # of any length
+
+
 def test_folders_written_by_transformers_are_read(tokenizer: CLIPTokenizer, tmp_path) -> None:
     oracle = transformers.CLIPTokenizer(
         vocab=tokenizer.vocab, merges=tokenizer.merges, model_max_length=12, pad_token="!"

@@ -94,7 +94,7 @@ def open_folder(
     if not (path / INDEX).is_file():
         raise ModelError(f"{path} is no model folder: it has no {INDEX}; {CONTENTS}")
     index = read_json(path / INDEX)
-    classes, notes = _parts_of(index, path / INDEX)
+    classes, notes = parts_of(index, path / INDEX)
     if not safety_checker:
         classes.pop("safety_checker", None)
     files = _files_of(path, classes, variant, allow_pickle)
@@ -169,7 +169,7 @@ def _built(path: Path, class_name: str) -> Any:
         raise ModelError(f"{path} describes no network that can be built ({reason!a}); correct it") from error
 
 
-def _parts_of(index: Json, path: Path) -> tuple[dict[str, str], list[str]]:
+def parts_of(index: Json, path: Path) -> tuple[dict[str, str], list[str]]:
     """The class of every component that is opened, and notes on what is there and not used. ModelError for a pipeline
     or component class that we do not have, or without the parts that every model has.
     """

@@ -3,12 +3,12 @@
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from ldm.cli.common import progress_bar, terminal
+from ldm.cli.common import printable, progress_bar, say, terminal
 from ldm.request import Request
 
 if TYPE_CHECKING:
@@ -46,15 +46,6 @@ def calls(pictures: Sequence[Request], at_once: int) -> Iterator[Request]:
             yield replace(rows[0], **own, variation_seed=varied)  # type: ignore[arg-type]  # of single pictures
 
 
-def refuse_long(pipeline: "Pipeline", pictures: Sequence[Request]) -> None:
-    """UsageError for a prompt beyond the encoder's window, before the first picture is drawn and not after some."""
-    from ldm.conditioning import encode
-
-    texts = {(text, p.clip_skip) for p in pictures for text in (*p.prompts, *p.negative_prompts)}
-    for text, clip_skip in texts:
-        encode(pipeline.text_encoder, [text], clip_skip)
-
-
 def preview_columns(picture: tuple[int, int], terminal: tuple[int, int]) -> int:
     """How wide a preview may be, so that it, the bar and a line above them fit. Sizes are (width, height); a line of
     the terminal is two pixels high.
@@ -63,38 +54,49 @@ def preview_columns(picture: tuple[int, int], terminal: tuple[int, int]) -> int:
     return max(1, min(PREVIEW_COLUMNS, columns, 2 * (lines - 2) * width // height))
 
 
+def tell(notes: Iterable[str], said: set[str], quiet: bool) -> None:
+    """Notes that were not yet `said`, which grows by them, on stderr; none if quiet."""
+    for note in notes:
+        if note not in said and not quiet:
+            say(f"note: {printable(note)}")
+        said.add(note)
+
+
 def draw(
     pipeline: "Pipeline", pictures: Sequence[Request], frames: bool, preview: bool, quiet: bool
 ) -> Iterator[Drawn]:
     """The pictures in order. frames: keep the estimates of each along its run; preview: show them while they come;
     quiet: show no bar.
     """
+    import torch
     from rich.console import Group
     from rich.live import Live
     from rich.text import Text
 
+    from ldm.decoding import decoder_in
     from ldm.images import to_pil
     from ldm.preview import chosen, fit_latent_to_rgb, half_blocks, preview_image
 
-    if len(pictures) > 1:
-        refuse_long(pipeline, pictures)
     at_once = AT_ONCE if pipeline.device.type == "cuda" else 1
     bar, watched = progress_bar(quiet=quiet), preview and terminal() and not quiet
-    map_to_rgb = fit_latent_to_rgb(pipeline.vae) if watched else None
+    map_to_rgb = fit_latent_to_rgb(decoder_in(pipeline.vae, torch.float32)) if watched else None
     same = sys.stdout.isatty()  # then what goes there is shown above the picture, and not in the midst of it
     live = Live(bar, console=bar.console, transient=True, redirect_stdout=same) if watched else None
     with live or bar:
         task, done = bar.add_task("drawing", total=sum(p.num_inference_steps or 0 for p in pictures)), 0
+        said = set[str]()
         for call in calls(pictures, at_once):
             n, steps, kept = len(call.prompts), call.num_inference_steps or 0, list[list["Image"]]()
             wanted = set(chosen(steps, MOST_FRAMES)[:-1]) if frames else set[int]()  # the last is the picture
             name = f"picture {done + n} of {len(pictures)}" if len(pictures) > 1 else "drawing"
             bar.update(task, description=name)
+            tell(pipeline.remarks(call), said, quiet)
+            size = (call.height or 0, call.width or 0)
             begun, shown, step = time.perf_counter(), 0.0, None
             for step in pipeline.sample(call):
                 bar.advance(task, n)
                 if step.index in wanted:
-                    kept.append(pipeline.pictures(step.x0))  # type: ignore[arg-type]  # the output type "pil"
+                    kept.append(pipeline.pictures(step.x0, size=size))  # type: ignore[arg-type]  # the output type "pil"
                 if live and map_to_rgb is not None and time.perf_counter() - shown > PREVIEW_EVERY:
                     shown = time.perf_counter()
                     colour = not os.environ.get("NO_COLOR")
@@ -102,7 +104,8 @@ def draw(
                     art = half_blocks(small, preview_columns(small.size, bar.console.size), colour)
                     live.update(Group(Text.from_ansi(art), bar))
             assert step is not None  # a request has at least one step
-            decoded, flags = pipeline.shown(step.latents)
+            decoded, flags, notes = pipeline.shown(step.latents, size)
+            tell(notes, said, quiet)
             images = to_pil(decoded)
             seconds, done = (time.perf_counter() - begun) / n, done + n
             for i, (image, single) in enumerate(zip(images, call.singles(), strict=True)):

@@ -11,7 +11,7 @@ import typer
 
 from ldm.cli.common import printable, say
 from ldm.cli.opening import opened
-from ldm.cli.options import Size, Verbatim, Wildcards, typed_fields, with_request
+from ldm.cli.options import Size, Wildcards, typed_fields, with_request
 from ldm.cli.orders import Sources, gathered, singles
 from ldm.cli.places import OUTPUT, paths_of, refuse_taken
 from ldm.errors import LdmError
@@ -58,7 +58,6 @@ def generate(
         bool, typer.Option("--matrix", help="'a taco|on fire|at night': every combination of the parts")
     ] = False,
     wildcards: Wildcards = None,
-    literal: Verbatim = False,
     picture: Annotated[Path | None, typer.Option("--from", metavar="PICTURE", help=FROM)] = None,
     config: Annotated[Path | None, typer.Option("--config", metavar="FILE", help="YAML file of these options")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=SET)] = None,
@@ -79,7 +78,7 @@ def generate(
     Their paths go to stdout, one a line, their seeds to stderr: the same seed draws the same picture. Each carries its
     recipe. What is left out, the model chooses (its generation_config.json).
     """
-    sources = Sources(picture, config, settings or (), prompts_file, matrix, wildcards, literal)
+    sources = Sources(picture, config, settings or (), prompts_file, matrix, wildcards)
     manner = Manner(as_json, quiet, verbose, not no_metadata, strip, gif, preview)
     found = recipe_in(picture, manner) if picture else None
     written = found.request if found else {}

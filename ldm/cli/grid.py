@@ -10,7 +10,7 @@ import typer
 
 from ldm.cli.common import free_name, say
 from ldm.cli.opening import opened
-from ldm.cli.options import Size, Verbatim, Wildcards, typed_fields, with_request
+from ldm.cli.options import Size, Wildcards, typed_fields, with_request
 from ldm.cli.orders import Sources, singles
 from ldm.cli.places import refuse_taken, slug
 from ldm.errors import UsageError
@@ -36,7 +36,6 @@ def grid(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace files that are there, unasked")] = False,
     size: Size = None,
     wildcards: Wildcards = None,
-    literal: Verbatim = False,
     **given: Any,
 ) -> None:
     """Draw a picture with every combination of the values of two or three settings.
@@ -61,7 +60,7 @@ def grid(
     pipeline = opened(None, opening)
     (base_order,) = pipeline.resolve(asked).singles()
     path = output or free_name(Path("out", f"grid-{slug(str(base_order.prompt))}.png"))
-    sheets(pipeline, base_order, named, path, overwrite, Sources(wildcards=wildcards, literal=literal))
+    sheets(pipeline, base_order, named, path, overwrite, Sources(wildcards=wildcards))
 
 
 def sheets(
@@ -76,7 +75,7 @@ def sheets(
     format_of(path)
     x, y, z = named
     for value in next((values for name, values in named if name == "scheduler"), []):
-        pipeline.sampling(value)  # UsageError for one that is none
+        pipeline.sampling(replace(base, scheduler=value))  # UsageError for one that is none
     columns, rows = ([labelled(name, value) for value in values] for name, values in (x, y))
     ends = [slug(labelled(z[0], value)) for value in z[1]]
     ends = ends if len(set(ends)) == len(ends) else [f"{i}-{end}" for i, end in enumerate(ends)]

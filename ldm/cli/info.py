@@ -337,5 +337,6 @@ def of_picture(path: Path) -> Rows:
     except LdmError as error:
         return rows | {"recipe": str(error)}
     rows["recipe of"] = found.source
-    rows |= {label.lower(): value for label, value in rows_of(found.request, found.recipe, found.notes)}
+    rows |= {label.lower(): value for label, value in rows_of(found.request, found.recipe)}
+    rows |= {"note": "; ".join(found.notes)} if found.notes else {}
     return rows | {"command": command_of(found.request)}

@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
@@ -12,11 +12,17 @@ import typer
 from ldm.cli.common import number, whole
 from ldm.cli.opening import NAMES, Opening, parameters
 from ldm.errors import UsageError
-from ldm.request import Request, flag_of
+from ldm.names import GRIDS, SAMPLERS, SPACINGS
+from ldm.request import NOISE_SOURCES, PROFILES, Request, flag_of
 
 NOT_HERE = ("output_type",)  # fields that a command which writes picture files has no use for
 PANEL = "The picture"  # where help pages show the fields
-KINDS: dict[type, tuple[str, Any]] = {int: ("N", whole()), float: ("NUMBER", number), str: ("TEXT", None)}
+KINDS: dict[type, tuple[str | None, Any]] = {
+    int: ("N", whole()), float: ("NUMBER", number), str: ("TEXT", None), bool: (None, None)
+}  # fmt: skip
+NAMED = {  # fields whose values the shell completes
+    "scheduler": SAMPLERS, "schedule_type": (*GRIDS, *SPACINGS), "profile": PROFILES, "noise_source": NOISE_SOURCES
+}  # fmt: skip
 
 Size = Annotated[
     str | None,
@@ -28,7 +34,6 @@ Size = Annotated[
 Wildcards = Annotated[
     Path | None, typer.Option(metavar="FOLDER", help="lists for __name__ in prompts; {red|blue} needs none")
 ]
-Verbatim = Annotated[bool, typer.Option("--literal", help="take prompts as they stand, braces and all")]
 
 
 def parameter_of(field: "Field[Any]", hint: Any) -> inspect.Parameter:
@@ -36,18 +41,32 @@ def parameter_of(field: "Field[Any]", hint: Any) -> inspect.Parameter:
     None where nothing was typed, so that a configuration or a recipe keeps its say.
     """
     kinds = get_args(hint) or (hint,)
-    kind = next(kind for kind in kinds if kind in (int, float, str))
-    several = any(get_origin(kind) is tuple for kind in kinds)
     text = field.metadata["help"]
+    kind = next(kind for kind in kinds if kind in (int, float, str, bool))
+    several = get_origin(hint) is tuple or any(get_origin(kind) is tuple for kind in kinds)
     taken: Any = (list[kind] if several else kind) | None  # type: ignore[valid-type]  # made at run time
     metavar, parser = KINDS[kind]
     panel = f"The picture, of {field.metadata['of']}" if field.metadata["of"] else PANEL
-    info: Any = typer.Option(flag_of(field), metavar=metavar, parser=parser, help=text, rich_help_panel=panel)
+    info: Any = typer.Option(
+        flag_of(field), metavar=metavar, parser=parser, help=text, rich_help_panel=panel,
+        autocompletion=completing(NAMED[field.name]) if field.name in NAMED else None,
+    )  # fmt: skip
+    if kind is bool:
+        info = typer.Option(flag_of(field), help=text, rich_help_panel=panel)
     if field.name == "prompt":
         info = typer.Argument(metavar="PROMPT", help=f"{text}; - reads prompts from standard input, one a line")
     return inspect.Parameter(
         field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[taken, info]
     )
+
+
+def completing(names: Iterable[str]) -> Callable[[str], list[str]]:
+    """What tells the shell which of the names go on from what was typed."""
+
+    def going_on(incomplete: str) -> list[str]:
+        return [name for name in names if name.startswith(incomplete)]
+
+    return going_on
 
 
 def with_request(command: Any, first: tuple[str, ...] = (), before_size: str = "height") -> inspect.Signature:

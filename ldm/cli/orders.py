@@ -17,6 +17,7 @@ from ldm.request import Request, make_request
 
 BESIDE = (*SAID, "output")  # what a YAML file may say beside the fields of Request
 NAMES = {name: field for name, field in FIELDS.items() if field not in NOT_HERE}  # that may be said of a field
+STEPS = {"num_inference_steps", "nfe", "timesteps", "timestep_respacing", "sigmas"}  # each says how many there are
 LINES = {".jsonl": "jsonl", ".ndjson": "jsonl"}  # suffix -> kind of a file of prompts; any other is plain text
 
 
@@ -30,7 +31,6 @@ class Sources:
     prompts_file: Path | None = None
     matrix: bool = False  # "a|b|c" is every combination of its parts
     wildcards: Path | None = None  # folder of lists for __name__
-    literal: bool = False  # prompts stand as they are
 
 
 def gathered(sources: Sources, recipe: Mapping[str, Any], typed: Mapping[str, Any]) -> tuple[list[Request], dict]:  # type: ignore[type-arg]
@@ -51,6 +51,11 @@ def gathered(sources: Sources, recipe: Mapping[str, Any], typed: Mapping[str, An
     base = {**recipe, **said, **typed}
     if not base.get("variation_strength") and "variation_seed" not in {**said, **typed}:
         base.pop("variation_seed", None)  # of a recipe whose variation is taken back
+    if STEPS & (said.keys() | typed.keys()):
+        for name in STEPS - said.keys() - typed.keys():
+            base.pop(name, None)  # of a recipe, which says it in another way
+    if words and "literal" not in {**said, **typed}:
+        base.pop("literal", None)  # of a recipe; it was said of its own words
     unworded = {name: value for name, value in base.items() if name != "prompt"}
     lines = list(file_lines(sources.prompts_file, unworded)) if sources.prompts_file else []
     if words:
@@ -141,11 +146,9 @@ def singles(resolved: Iterable[Request], sources: Sources, recipe: Mapping[str, 
     recipe: the fields of Request that a picture brought. Its texts stand as they are, for they hold what was chosen.
     """
     pictures = [single for order in resolved for single in order.singles()]
-    if sources.literal:
-        return pictures
     lists = read_wildcards(sources.wildcards) if sources.wildcards else {}
     written = [recipe.get(name) for name in ("prompt", "negative_prompt")]
-    return [chosen(single, lists, written) for single in pictures]
+    return [single if single.literal else chosen(single, lists, written) for single in pictures]
 
 
 def chosen(single: Request, lists: Mapping[str, Sequence[str]], written: Sequence[Any]) -> Request:

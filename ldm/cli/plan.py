@@ -18,11 +18,9 @@ def plan(pipeline: "Pipeline", pictures: Sequence[Request], paths: Sequence[Path
     """The resolved plan as text, or as JSON. Nothing is drawn; UsageError where drawing would be refused at once."""
     import torch
 
-    from ldm.cli.drawing import refuse_long
     from ldm.recipe import fields_of
     from ldm.runtime import available_bytes, short_name, working_bytes
 
-    refuse_long(pipeline, pictures)
     networks = pipeline.components.networks.values()
     weights = sum(p.numel() * p.element_size() for network in networks for p in network.parameters())
     work = max(working_bytes(pipeline.unet, pipeline.vae, p.height or 0, p.width or 0, 1) for p in pictures)
@@ -32,6 +30,7 @@ def plan(pipeline: "Pipeline", pictures: Sequence[Request], paths: Sequence[Path
         "dtype": short_name(pipeline.dtype),
         "threads": torch.get_num_threads(),
         "bytes": {"weights": weights, "work": work, "free": available_bytes(pipeline.device)},
+        "notes": list(dict.fromkeys(note for one in pictures for note in pipeline.remarks(one))),
         "pictures": [{"path": str(path), **fields_of(one)} for path, one in zip(paths, pictures, strict=True)],
     }
     if as_json:
@@ -45,6 +44,7 @@ def plan(pipeline: "Pipeline", pictures: Sequence[Request], paths: Sequence[Path
         ("memory", f"about {(weights + work) / 2**20:,.0f} MiB ({weights / 2**20:,.0f} of them weights, already "
                    f"taken), {free / 2**20:,.0f} MiB are free"),
     ]  # fmt: skip
+    rows += [("note", text) for text in told["notes"]]
     lines = [f"{name:<9} {printable(text)}" for name, text in rows]
     for path, one in list(zip(paths, pictures, strict=True))[:SHOWN]:
         how = f"{one.width}x{one.height}, {one.num_inference_steps} steps of {one.scheduler}"

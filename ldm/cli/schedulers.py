@@ -1,12 +1,19 @@
-"""`ldm schedulers`: the ways to step from noise to picture."""
+"""`ldm schedulers`: the ways to step from noise to picture, and the noise levels to do it on."""
 
+import inspect
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ldm.cli.common import needs, refuse_unwritable, whole
 from ldm.errors import choose
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ldm.schedulers import Scheduler
 
 PLOTTED = (".png", ".svg", ".pdf")
 
@@ -19,24 +26,81 @@ def schedulers(
     model: Annotated[
         Path | None, typer.Option("--model", metavar="FOLDER", help="model folder; absent = the model in the box")
     ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="both lists, with all names, as a JSON object on stdout")
+    ] = False,
 ) -> None:
-    """List the schedulers, their other names and what they are."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from ldm.schedulers import SCHEDULERS
-
+    """List the schedulers and the grids of noise levels, their names elsewhere and what they are."""
     if plot is not None:
         choose("plot suffix", plot.suffix.lower(), PLOTTED)
         needs("matplotlib")
         refuse_unwritable(plot)
         plot_levels(plot, steps, model)
         print(plot)
-        return
-    table = Table("name", "also known as", "what it is", box=None, header_style="bold", pad_edge=False)
-    for row in SCHEDULERS.values():
-        table.add_row(row.name, ", ".join((*row.aliases, row.diffusers_class)), row.description)
-    Console(markup=False, highlight=False).print(table)
+    elif as_json:
+        print(json.dumps(told()))
+    else:
+        show(told())
+
+
+def told() -> dict[str, list[dict[str, Any]]]:
+    """The rows of both lists. calls: of the network in a step. noise: "none", "fresh" of a run that adds noise, "eta"
+    of one that does once an eta is given.
+    """
+    from ldm.diffusion.grids import GRIDS
+    from ldm.schedulers import SCHEDULERS
+
+    return {
+        "schedulers": [
+            {
+                "name": row.name, "a1111": row.label, "aliases": list(row.aliases), "diffusers": list(row.classes),
+                "calls": row.calls[0], "noise": noise_of(row), "description": row.description,
+            }
+            for row in SCHEDULERS.values()
+        ],
+        "schedule_types": [
+            {"name": row.name, "a1111": row.label, "aliases": list(row.aliases), "description": row.description}
+            for row in GRIDS.values()
+        ],
+    }  # fmt: skip
+
+
+def noise_of(row: "Scheduler") -> str:
+    """Whether a run draws noise when nothing is said of it."""
+    defaults = {name: p.default for name, p in inspect.signature(row.solver).parameters.items()}
+    chosen = defaults | dict(row.fixed) | dict(row.defaults)
+    if not row.noise or "sde" not in str(chosen.get("algorithm_type", "sde")):
+        return "none"
+    return "fresh" if chosen.get("eta", 1) else "eta"
+
+
+def show(lists: dict[str, list[dict[str, Any]]]) -> None:
+    """Both lists, for 80 columns and more."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(markup=False, highlight=False)
+    table = listing("name, in A1111", "calls", "noise", "what it is, its class in diffusers")
+    for row in lists["schedulers"]:
+        name = Text.assemble((row["name"], "bold"), f"\n{row['a1111']}")
+        table.add_row(name, str(row["calls"]), row["noise"], "\n".join([row["description"], *row["diffusers"][:1]]))
+    console.print(table)
+    table = listing("name", "in A1111", "what it is")
+    for row in lists["schedule_types"]:
+        table.add_row(Text(row["name"], "bold"), row["a1111"], row["description"])
+    console.print("\nNoise levels that --schedule-type lays out in place of the model's own:\n")
+    console.print(table)
+    console.print("\nIt also takes leading, trailing and linspace, diffusers' timestep_spacing.")
+
+
+def listing(*heads: str) -> "Table":
+    """An empty table."""
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    for head in heads:
+        table.add_column(head, no_wrap=not head.startswith("what"))
+    return table
 
 
 def plot_levels(path: Path, steps: int, model: Path | None) -> None:

@@ -1,51 +1,117 @@
-"""Denoiser -> Denoiser: steering a run by the difference between two estimates."""
+"""Denoiser -> Denoiser: steering a run by the difference between two estimates, and keeping x0 in its range."""
+
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from ldm.diffusion.prediction import PREDICTIONS, Denoiser, Estimate
-from ldm.errors import UsageError, choose
+from ldm.diffusion.prediction import Denoiser, Estimate, Prediction, c_in
+from ldm.errors import UsageError
+
+Weights = Sequence[Sequence[float]]
+"""Of each of K positive parts, the weight in each image of the batch."""
 
 
-def guided(denoise: Denoiser, scale: float) -> Denoiser:
+def guided(denoise: Denoiser, scale: float, weights: Weights | None = None) -> Denoiser:
     """Classifier-free guidance: negative + scale * (positive - negative), Ho & Salimans 2022 (arXiv:2207.12598), eq. 6.
 
     `denoise` takes twice the batch, the negative half before the positive, and answers both in one network call; the
     result takes the batch once. Guiding x0 guides the network's output, of which x0 is a linear function whatever its
     kind. A scale of 1 is the positive estimate alone: do not call this then, but pass the plain denoiser, which needs
-    half the work.
+    half the work. The variance, where there is one, is the positive half's.
+
+    weights: of K positive parts instead of one (Liu et al. 2022, arXiv:2206.01714, eq. 11): negative + scale * sum_k
+    weights_k * (positive_k - negative); `denoise` then takes 1 + K times the batch.
     """
 
     def guide(x: Tensor, sigma: float) -> Estimate:
-        negative, positive = denoise(torch.cat([x, x]), sigma).x0.chunk(2)
-        return Estimate(torch.lerp(negative, positive, scale))
+        negative, positive, variance = _halves(denoise, x, sigma, weights)
+        return Estimate(torch.lerp(negative, positive, scale), variance)
 
     return guide
 
 
-def guided_rescaled(denoise: Denoiser, scale: float, rescale: float, prediction: str) -> Denoiser:
+def _halves(
+    denoise: Denoiser, x: Tensor, sigma: float, weights: Weights | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The negative estimate, the positive one (of parts, weighted) and the first part's variance."""
+    parts = 1 if weights is None else len(weights)
+    said = denoise(torch.cat([x] * (1 + parts)), sigma)
+    negative, first, *others = said.x0.chunk(1 + parts)
+    variance = None if said.variance is None else said.variance.chunk(1 + parts)[1]
+    if weights is None:
+        return negative, first, variance
+    positive = negative
+    for part, row in zip((first, *others), weights, strict=True):
+        factors = torch.tensor(row, dtype=x.dtype, device=x.device).view(-1, *[1] * (x.ndim - 1))
+        positive = positive + factors * (part - negative)
+    return negative, positive, variance
+
+
+def guided_rescaled(
+    denoise: Denoiser, scale: float, rescale: float, kind: Prediction, weights: Weights | None = None
+) -> Denoiser:
     """`guided`, with the output's contrast brought back towards that of the positive half: Lin et al. 2023, eqs. 15-16.
 
     rescale: phi, from 0 (plain guidance) to 1; the paper's is 0.7.
-    prediction: what the network behind `denoise` predicts, a name of PREDICTIONS.
-    UsageError: phi outside 0..1, unknown prediction.
+    kind: what the network behind `denoise` predicts. UsageError: phi outside 0..1.
 
     The paper scales the network's output by a ratio of standard deviations (per image, over channels and pixels). A
     Denoiser says x0 = c_skip * x + c_out * output, so x0 - c_skip * x is the output up to a factor, which the ratio
     forgets: scaling the output by f is x0 -> c_skip * x + f * (x0 - c_skip * x), without ever dividing by c_out.
     """
-    c_skip = PREDICTIONS[choose("prediction", prediction, PREDICTIONS)].c_skip
     if not 0 <= rescale <= 1:
         raise UsageError(f"guidance_rescale is {rescale}; it must be from 0 to 1")
 
     def guide(x: Tensor, sigma: float) -> Estimate:
-        negative, positive = denoise(torch.cat([x, x]), sigma).x0.chunk(2)
-        skipped = c_skip(sigma) * x
+        negative, positive, variance = _halves(denoise, x, sigma, weights)
+        skipped = kind.c_skip(sigma) * x
         output = torch.lerp(negative, positive, scale) - skipped
         factor = rescale * (_deviation(positive - skipped) / _deviation(output)) + (1 - rescale)
-        return Estimate(skipped + factor * output)
+        return Estimate(skipped + factor * output, variance)
 
     return guide
+
+
+def clipped(denoise: Denoiser, most: float) -> Denoiser:
+    """x0 cut to -most..most: Ho et al. 2020, in their code."""
+    return _changed(denoise, lambda x0: x0.clamp(-most, most))
+
+
+def thresholded(denoise: Denoiser, ratio: float, most: float) -> Denoiser:
+    """Dynamic thresholding: x0 cut to -s..s and divided by s, s the quantile `ratio` of its sizes, in 1..most.
+
+    Saharia et al. 2022 (arXiv:2205.11487), section 2.3; per image. As in diffusers s is `most` where that is below 1.
+    """
+
+    def cut(x0: Tensor) -> Tensor:
+        s = x0.abs().flatten(1).quantile(ratio, dim=1).clamp(1, most).view(-1, *[1] * (x0.ndim - 1))
+        return torch.clamp(x0, -s, s) / s
+
+    return _changed(denoise, cut)
+
+
+def bounded(denoise: Denoiser, times: Mapping[float, float], scaling: float) -> Denoiser:
+    """A consistency model's boundary condition: x0 -> c_skip x + c_out x0, which at time 0 is x itself.
+
+    Luo et al. 2023 (arXiv:2310.04378), eq. 9, with s = scaling * time, c_skip = d^2 / (s^2 + d^2) and c_out =
+    s / sqrt(s^2 + d^2), d = 0.5; x is in the network's frame. times: level -> time.
+    """
+
+    def bound(x: Tensor, sigma: float) -> Estimate:
+        said, s = denoise(x, sigma), scaling * times[sigma]
+        whole = s**2 + 0.25
+        return said._replace(x0=s / whole**0.5 * said.x0 + 0.25 / whole * c_in(sigma) * x)
+
+    return bound
+
+
+def _changed(denoise: Denoiser, change: Callable[[Tensor], Tensor]) -> Denoiser:
+    def changed(x: Tensor, sigma: float) -> Estimate:
+        said = denoise(x, sigma)
+        return said._replace(x0=change(said.x0))
+
+    return changed
 
 
 def _deviation(x: Tensor) -> Tensor:

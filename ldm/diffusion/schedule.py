@@ -18,7 +18,8 @@ from ldm.errors import UsageError, choose
 
 Array = NDArray[np.float64]
 Variance = Literal["fixed_small", "fixed_large"]
-VARIANCES: tuple[Variance, ...] = ("fixed_small", "fixed_large")
+FIXED: tuple[Variance, ...] = ("fixed_small", "fixed_large")
+VARIANCES = (*FIXED, "learned", "learned_range")
 
 
 class Gaussian(NamedTuple):
@@ -198,7 +199,7 @@ class NoiseSchedule:
 
     def variance(self, t: int, kind: Variance = "fixed_small", previous: int | None = None) -> float:
         """Variance of DDPM's reverse step at t: the posterior's (fixed_small) or beta (fixed_large); section 3.2."""
-        choose("variance", kind, VARIANCES)
+        choose("variance", kind, FIXED)
         previous = t - 1 if previous is None else previous
         return self._beta(t, previous) if kind == "fixed_large" else self.q_posterior(t, previous).variance
 

@@ -13,16 +13,19 @@ they are rounded.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 
+from ldm.diffusion.continuous import EDMSchedule, FlowSchedule
+from ldm.diffusion.grids import exponential, find_grid, grid, karras
 from ldm.diffusion.schedule import Array, NoiseSchedule
 from ldm.errors import UsageError, choose
 
 SPACINGS = ("leading", "trailing", "linspace")
 FINALS = ("zero", "sigma_min")
+Schedule = NoiseSchedule | EDMSchedule | FlowSchedule
 
 
 class Levels(NamedTuple):
@@ -60,19 +63,34 @@ class Spacing:
 
     timestep_spacing: a name of SPACINGS.
     steps_offset: added to the times of "leading"; the others ignore it.
-    use_karras_sigmas: the levels of Karras et al. 2022, eq. 5, rho = 7, over a range that depends on the family.
+    sigma_grid: a name of ldm.diffusion.grids.GRIDS, laid over the range of levels that the family says; "" is none.
     final_sigmas_type: "zero", or "sigma_min" to end at the schedule's lowest level (DDIM's set_alpha_to_one = False).
-    UsageError: an unknown name (the nearest is offered).
+    original_inference_steps: of LCM and TCD, the steps of the run they were distilled from.
+    timesteps: falling times to visit instead of all the above; `respaced` makes some. sigmas: falling levels, likewise.
+    xl: whether the network is SDXL's, for Align Your Steps.
+    UsageError: an unknown name (the nearest is offered), times or levels that do not fall, or both.
     """
 
     timestep_spacing: str = "leading"
     steps_offset: int = 0
-    use_karras_sigmas: bool = False
+    sigma_grid: str = ""
     final_sigmas_type: str = "zero"
+    original_inference_steps: int = 50
+    timesteps: tuple[float, ...] = ()
+    sigmas: tuple[float, ...] = ()
+    xl: bool = False
 
     def __post_init__(self) -> None:
         choose("timestep_spacing", self.timestep_spacing, SPACINGS)
         choose("final_sigmas_type", self.final_sigmas_type, FINALS)
+        if self.sigma_grid:
+            find_grid(self.sigma_grid)
+        if self.timesteps and self.sigmas:
+            raise UsageError("timesteps and sigmas were both given; each says the whole run, so give one")
+        for name in ("timesteps", "sigmas"):
+            values = getattr(self, name)
+            if any(not math.isfinite(v) or v < 0 for v in values) or (np.diff(values) >= 0).any():
+                raise UsageError(f"{name} are {values}; they must be numbers that fall, none below 0")
 
 
 @dataclass(frozen=True)
@@ -81,76 +99,180 @@ class Family:
 
     unvisited: how many points leading and linspace lay out below the n visited ones (1: they count the run's end).
     whole: timesteps are rounded to integers.
-    karras_over: the range of Karras levels, "visited" (by the spacing) or "trained".
+    rounded, cut: the grids whose timesteps are rounded, or cut down, to integers all the same.
+    grid_over: the range of a grid's levels, "visited" (by the spacing) or "trained".
     terminal_sigma: the finite level that stands for infinity when a schedule has zero terminal SNR.
     starts_at_sigma: the spacings whose run begins with sigma * noise instead of sqrt(1 + sigma^2) * noise.
+    only: the one spacing this family knows, "" where it knows all of SPACINGS.
+    lowest: the time of the level that "sigma_min" ends a run at.
     """
 
-    unvisited: int
-    whole: bool
-    karras_over: str
-    terminal_sigma: float
+    unvisited: int = 0
+    whole: bool = False
+    rounded: tuple[str, ...] = ()
+    cut: tuple[str, ...] = ()
+    grid_over: str = "visited"
+    terminal_sigma: float = math.sqrt(2.0**24 - 1)  # 4096: alphas_cumprod of 2^-24, diffusers' stand-in
     starts_at_sigma: tuple[str, ...] = ()
+    only: str = ""
+    lowest: int = 0
 
 
-FP16_INFINITY = math.sqrt(2.0**24 - 1)  # 4096: alphas_cumprod of 2^-24, the smallest float16; diffusers' stand-in
+_EULER = Family(starts_at_sigma=("trailing", "linspace"))
+_DPM_SOLVER = Family(
+    unvisited=1, whole=True, rounded=("karras", "lu"), cut=("exponential", "beta"), grid_over="trained"
+)
 FAMILIES: dict[str, Family] = {
     # DDIM and DDPM are exact at SNR 0 in diffusers, which 1e8 is as well in float32 (1e6 is not: DDPM is 1e-4 off then)
-    "ddim": Family(unvisited=0, whole=True, karras_over="visited", terminal_sigma=1e8),
-    "euler": Family(
-        unvisited=0,
-        whole=False,
-        karras_over="visited",
-        terminal_sigma=FP16_INFINITY,
-        starts_at_sigma=("trailing", "linspace"),
-    ),
-    "dpm_solver": Family(unvisited=1, whole=True, karras_over="trained", terminal_sigma=FP16_INFINITY),
+    "ddim": Family(whole=True, terminal_sigma=1e8),
+    "euler": _EULER,
+    "kdpm2": replace(_EULER, rounded=("karras",)),
+    "dpm_solver": _DPM_SOLVER,
+    "dpm_single": replace(_DPM_SOLVER, only="linspace"),
+    "distilled": Family(whole=True, terminal_sigma=1e8, only="leading"),
+    # not of diffusers: stable-diffusion-webui's; k-diffusion's runs all begin with sigma * noise
+    "k_diffusion": Family(grid_over="trained", starts_at_sigma=SPACINGS),
+    "compvis": Family(whole=True, only="leading", lowest=1),
 }
 
 
-def levels(schedule: NoiseSchedule, n: int, spacing: Spacing | None = None, family: str = "euler") -> Levels:
+def levels(schedule: Schedule, n: int, spacing: Spacing | None = None, family: str = "euler") -> Levels:
     """The levels of a run of n steps in the manner of `family` (a name of FAMILIES); no spacing given means Spacing().
 
-    UsageError: n below 1, or more steps than the schedule holds in this spacing (the message says how many it does).
+    A continuous schedule has a spacing of its own, which a grid replaces; n is ignored where the spacing has timesteps
+    or sigmas. UsageError: n below 1, more steps than the schedule holds in this spacing (the message says how many it
+    does), a time that it does not have, or a grid that needs a table where there is none.
     """
     spacing, kind = spacing or Spacing(), FAMILIES[choose("family", family, FAMILIES)]
     if n < 1:
         raise UsageError(f"{n} steps were asked for; a run has at least 1")
-    total = schedule.num_train_timesteps
-    if not _fits(times := _timesteps(total, n, spacing, kind), total):
-        raise UsageError(_too_many(total, n, spacing, kind))
+    if not isinstance(schedule, NoiseSchedule):
+        return _continuous(schedule, n, spacing)
     if schedule.zero_terminal_snr:
         schedule = schedule.with_terminal_sigma(kind.terminal_sigma)
-    sigmas = schedule.sigma(times)
-    if spacing.use_karras_sigmas:
-        bounds = sigmas if kind.karras_over == "visited" else schedule.sigmas
-        sigmas = karras(n, float(bounds.min()), float(bounds.max()))
+    if spacing.sigmas:
+        sigmas = np.array(spacing.sigmas, dtype=np.float64)
         times = schedule.t(sigmas)
-        times = np.round(times) if kind.whole else times
-    final = 0.0 if spacing.final_sigmas_type == "zero" else float(schedule.sigmas[0])
+    else:
+        times = _timesteps(schedule, n, spacing, family)
+        sigmas = schedule.sigma(times)
+    if spacing.sigma_grid and not spacing.sigmas:
+        name = find_grid(spacing.sigma_grid).name
+        bounds = sigmas if kind.grid_over == "visited" else schedule.sigmas
+        sigmas = grid(name, n, float(bounds.min()), float(bounds.max()), schedule, xl=spacing.xl)
+        times = schedule.t(sigmas)
+        if name in kind.rounded:
+            times = np.round(times)
+        elif name in kind.cut:  # the highest too: diffusers' float32 has 998.9999 there on Stable Diffusion's levels
+            times = np.maximum(np.floor(times - 1e-6), 0)
     first = float(sigmas[0])
     start = first if spacing.timestep_spacing in kind.starts_at_sigma else math.hypot(1.0, first)
-    return Levels((*sigmas.tolist(), final), tuple(times.tolist()), start)
+    lowest = min(float(schedule.sigmas[kind.lowest]), float(sigmas[-1]))
+    return Levels((*sigmas.tolist(), _final(spacing, lowest)), tuple(times.tolist()), start)
 
 
-def karras(n: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Array:
-    """n levels from sigma_max down to sigma_min, evenly spaced in sigma^(1/rho): Karras et al. 2022, eq. 5 -> float64
-    [n].
+def respaced(total: int, sections: str) -> tuple[float, ...]:
+    """Falling times of a run over part of `total` timesteps: Nichol & Dhariwal 2021 (arXiv:2102.09672), section 3.3.
+
+    sections: "250", so many times evenly spaced; "10,15,20", so many in each third; "ddim50", 50 times in DDIM's whole
+    strides, which must exist. UsageError: other text, or more times than a section holds.
     """
-    ramp: Array = np.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), n) ** rho
-    return ramp
+    if sections.startswith("ddim") and sections[4:].isdecimal():
+        count = int(sections[4:])
+        strides = [s for s in range(1, total) if len(range(0, total, s)) == count]
+        if not strides:
+            raise UsageError(f"no whole stride takes {count} of {total} timesteps; choose another number than {count}")
+        return tuple(float(t) for t in range(0, total, strides[0]))[::-1]
+    counts = [int(word) if word.strip().isdecimal() else 0 for word in sections.split(",")]
+    if min(counts) < 1 or len(counts) > total:
+        raise UsageError(f"timesteps are {sections!r}; write how many, as in '250', '10,15,20' or 'ddim50'")
+    taken: list[float] = []
+    start = 0
+    for i, count in enumerate(counts):
+        size = total // len(counts) + (i < total % len(counts))
+        if count > size:
+            raise UsageError(f"{count} timesteps were asked of a section of {size}; ask for at most {size}")
+        stride = (size - 1) / (count - 1) if count > 1 else 1.0
+        taken += [float(start + round(stride * k)) for k in range(count)]
+        start += size
+    return tuple(taken[::-1])
 
 
-def _timesteps(total: int, n: int, spacing: Spacing, kind: Family) -> Array:
-    """The n times visited, falling; rounded as diffusers rounds them, half to even."""
-    points = n + kind.unvisited
-    if spacing.timestep_spacing == "leading":
+def _continuous(schedule: EDMSchedule | FlowSchedule, n: int, spacing: Spacing) -> Levels:
+    """Of networks trained on a range: diffusers' EDM and FlowMatchEulerDiscrete schedulers."""
+    if isinstance(schedule, FlowSchedule):
+        total = schedule.num_train_timesteps
+        lowest = schedule.shifted(1 / total) if schedule.twice else 1 / total
+        s = schedule.shifted(np.linspace(1.0, float(lowest), n))
+        if schedule.shift_terminal:
+            s = 1 - (1 - s) * (1 - schedule.shift_terminal) / (1 - s[-1])
+        if spacing.sigma_grid:  # over s itself, as there
+            s = grid(spacing.sigma_grid, n, float(s.min()), float(s.max()), None)
+        sigmas = schedule.sigma(s * total)
+    else:
+        low, high = schedule.sigma_min, schedule.sigma_max
+        if spacing.sigma_grid:
+            sigmas = grid(spacing.sigma_grid, n, low, high, None)
+        else:
+            sigmas = exponential(n, low, high) if schedule.exponential else karras(n, low, high, schedule.rho)
+    if spacing.sigmas or spacing.timesteps:
+        sigmas = np.array(spacing.sigmas) if spacing.sigmas else schedule.sigma(spacing.timesteps)
+    first = float(sigmas[0])
+    start = 1.0 + first if isinstance(schedule, FlowSchedule) else math.hypot(1.0, first)
+    times = tuple(schedule.t(sigmas).tolist())
+    return Levels((*sigmas.tolist(), _final(spacing, float(sigmas[-1]))), times, start)
+
+
+def _final(spacing: Spacing, lowest: float) -> float:
+    grid_ends = find_grid(spacing.sigma_grid).final if spacing.sigma_grid else "zero"
+    return lowest if "sigma_min" in (spacing.final_sigmas_type, grid_ends) else 0.0
+
+
+def _timesteps(schedule: NoiseSchedule, n: int, spacing: Spacing, family: str) -> Array:
+    """The times visited, falling. UsageError: they leave the schedule, or do not fall."""
+    total, kind = schedule.num_train_timesteps, FAMILIES[family]
+    times = np.array(spacing.timesteps, dtype=np.float64)
+    if not spacing.timesteps:
+        if spacing.sigma_grid and kind.grid_over == "trained":
+            n = min(n, total)  # only the grid's own levels are visited
+        lay_out = {"distilled": _distilled, "compvis": _compvis}.get(family, _laid_out)
+        times = lay_out(total, n, spacing, kind)
+    if _fits(times, total):
+        return times
+    if spacing.timesteps:
+        raise UsageError(f"timesteps begin at {times[0]:g}; this schedule has those from 0 to {total - 1}")
+    raise UsageError(_too_many(total, n, spacing, kind))
+
+
+def _laid_out(total: int, n: int, spacing: Spacing, kind: Family) -> Array:
+    """The n times of a spacing; rounded as diffusers rounds them, half to even."""
+    points, name = n + kind.unvisited, kind.only or spacing.timestep_spacing
+    if name == "leading":
         return np.arange(points, dtype=np.float64)[::-1][:n] * (total // points) + spacing.steps_offset
-    if spacing.timestep_spacing == "trailing":
+    if name == "trailing":
         # arange and not linspace: their last bits differ, and with them which halves are rounded up
         return np.round(np.arange(total, 0, -total / n)[:n]) - 1
     line = np.linspace(0, total - 1, points)[::-1][:n] if points > 1 else np.array([total - 1.0])
     return np.round(line) if kind.whole else line
+
+
+def _compvis(total: int, n: int, spacing: Spacing, kind: Family) -> Array:
+    """Every (T // n)-th time from 1, and where n does not divide T there are more than n; the lowest is not visited but
+    ends the run: stable-diffusion-webui's DDIM calls the network once less than it has times. One step begins at T - 1.
+    """
+    times = np.minimum(np.arange(0, total, max(total // n, 1), dtype=np.float64) + 1, total - 1)
+    return times[:0:-1] if n > 1 else np.array([total - 1.0])
+
+
+def _distilled(total: int, n: int, spacing: Spacing, kind: Family) -> Array:
+    """n of the times of the run that was distilled (Luo et al. 2023, arXiv:2310.04378, sec. 4.3), from the highest."""
+    original = min(spacing.original_inference_steps, total)
+    if n > original:
+        raise UsageError(
+            f"{n} steps were asked for, and the model was distilled from a run of {original}; take at most {original}"
+        )
+    taught: Array = np.arange(original, 0, -1, dtype=np.float64) * (total // original) - 1
+    return np.asarray(taught[np.floor(np.linspace(0, original, n, endpoint=False)).astype(int)])
 
 
 def _fits(times: Array, total: int) -> bool:
@@ -159,7 +281,7 @@ def _fits(times: Array, total: int) -> bool:
 
 def _too_many(total: int, n: int, spacing: Spacing, kind: Family) -> str:
     """The message for n steps that do not fit; finding the most that do is a search, so it is left to the failure."""
-    fitting = (k for k in range(min(n, total), 0, -1) if _fits(_timesteps(total, k, spacing, kind), total))
+    fitting = (k for k in range(min(n, total), 0, -1) if _fits(_laid_out(total, k, spacing, kind), total))
     most = next(fitting, 0)
     allowed = f"at most {most} do" if most else "none does: choose a smaller steps_offset"
     return (

@@ -33,6 +33,13 @@ class Tokens(NamedTuple):
     dropped: tuple[tuple[str, ...], ...]
 
 
+class Word(NamedTuple):
+    """ids: of a token, or of all that a learned word stands for. start: its first character in the text."""
+
+    ids: tuple[int, ...]
+    start: int
+
+
 class CLIPTokenizer:
     """Prompts -> token ids [B, max_length]: the start token, the text, the end token, then padding.
 
@@ -80,27 +87,43 @@ class CLIPTokenizer:
     def __call__(self, prompts: Sequence[str]) -> Tokens:
         """The ids of each prompt, alone or in a batch the same. UsageError for text that is not valid Unicode."""
         rows, dropped = [], []
-        room = self.max_length - 2
         for prompt in prompts:
-            try:
-                prompt.encode()
-            except UnicodeEncodeError as error:
-                fault = f"the prompt {prompt!a:.60} is not valid Unicode ({error.reason})"
-                raise UsageError(f"{fault}; retype it") from error
-            # one at a time: encode_batch starts threads, after which the package complains when a process forks
-            text = self._tokenizer.encode(prompt, add_special_tokens=False)
-            spelt = [
-                (index, start)
-                for token, (start, _) in zip(text.ids, text.offsets, strict=True)
-                for index in self._stands_for.get(token, (token,))
-            ]
-            ids = [self.bos_id, *(index for index, _ in spelt[:room]), self.eos_id]
-            rows.append(ids + [self.pad_id] * (self.max_length - len(ids)))
-            cut = spelt[room][1] if len(spelt) > room else len(prompt)
+            spelt = [(index, word.start) for word in self.words(prompt) for index in word.ids]
+            rows.append(self.window([index for index, _ in spelt[: self.room]]))
+            cut = spelt[self.room][1] if len(spelt) > self.room else len(prompt)
             while 0 < cut < len(prompt) and not prompt[cut].isspace() and not prompt[cut - 1].isspace():
                 cut -= 1  # a word is lost whole when one of its tokens is
             dropped.append(tuple(prompt[cut:].split()))
-        return Tokens(torch.tensor(rows, dtype=torch.int64).reshape(len(rows), self.max_length), tuple(dropped))
+        return Tokens(torch.cat(rows) if rows else torch.empty(0, self.max_length, dtype=torch.int64), tuple(dropped))
+
+    @property
+    def room(self) -> int:
+        """How many tokens of text fit beside the two that begin and end it."""
+        return self.max_length - 2
+
+    def words(self, text: str) -> list[Word]:
+        """The tokens of a text of any length, those of a learned word together. UsageError as above."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            fault = f"the prompt {text!a:.60} is not valid Unicode ({error.reason})"
+            raise UsageError(f"{fault}; retype it") from error
+        # one at a time: encode_batch starts threads, after which the package complains when a process forks
+        said = self._tokenizer.encode(text, add_special_tokens=False)
+        return [
+            Word(self._stands_for.get(token, (token,)), start)
+            for token, (start, _) in zip(said.ids, said.offsets, strict=True)
+        ]
+
+    def window(self, ids: Sequence[int]) -> Tensor:
+        """At most `room` ids as the text encoder takes them, [1, max_length]."""
+        padding = [self.pad_id] * (self.room - len(ids))
+        return torch.tensor([[self.bos_id, *ids, self.eos_id, *padding]])
+
+    @property
+    def comma_id(self) -> int | None:
+        """The id of a comma that ends a word."""
+        return self.vocab.get(f",{WORD_END}")
 
     @classmethod
     def from_folder(cls, folder: str | Path, max_length: int | None = None) -> Self:

@@ -4,8 +4,10 @@ That package is imported only when such a model is opened, and given no file of 
 says reaches it through the tables below.
 """
 
+from bisect import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -16,7 +18,8 @@ from ldm.checkpoints.load import load_into
 from ldm.checkpoints.safe import read_header, read_json
 from ldm.errors import ModelError, UsageError
 from ldm.models.config import refuse_unmodelled, take
-from ldm.text.encoder import Conditioning
+from ldm.text.encoder import Conditioning, emphasised
+from ldm.text.weighting import Piece, joined
 
 LONGEST = 4096  # a tokenizer that states no window states one far longer
 TIED = "encoder.embed_tokens.weight"  # T5's second name for its embedding
@@ -191,17 +194,42 @@ class TransformersText(nn.Module):
         parts = [self._encode(prompt) for prompt in unique]  # one a call: no prompt depends on its neighbours
         return Conditioning(torch.cat(parts)[[unique.index(prompt) for prompt in prompts]])
 
+    @torch.no_grad()
+    def read(self, pieces: Sequence[Piece], clip_skip: int | None = None) -> Conditioning:
+        """Context [1, T, D] of one prompt with its weights. There is but one window: what is beyond it is not read, and
+        a BREAK is a space. Otherwise as above.
+        """
+        said = self([joined(pieces)], clip_skip)
+        ends = list(accumulate(len(joined([piece])) for piece in pieces))
+        places = self._window(joined(pieces)).offset_mapping[0].tolist()
+        weights = [pieces[bisect(ends, begin)].weight if begin < end else 1.0 for begin, end in places]
+        return Conditioning(emphasised(said.context, weights))
+
+    def _window(self, prompt: str) -> Any:
+        """transformers' tokens of one prompt, padded and cut to the window, and the places they come from."""
+        return self.tokenizer(
+            _valid(prompt),
+            padding="max_length",
+            max_length=self.max_length,
+            truncation=True,
+            return_tensors="pt",
+            return_offsets_mapping=True,
+        )
+
     def _encode(self, prompt: str) -> Tensor:
         """One prompt -> [1, T, D]"""
-        said = self.tokenizer(
-            _valid(prompt), padding="max_length", max_length=self.max_length, truncation=True, return_tensors="pt"
-        )
+        said = self._window(prompt)
         model: Any = self._whole[0]
         embedding = model.get_input_embeddings()
         device = embedding.weight.device
         mask = said.attention_mask.to(device) if self.config.fields["use_attention_mask"] else None
         states: Tensor = model(inputs_embeds=embedding(said.input_ids.to(device)), attention_mask=mask)[0]
         return states.to(embedding.weight.dtype)
+
+    @property
+    def depth(self) -> int:
+        """How many layers may be left out at most: none."""
+        return 0
 
     @property
     def vocabulary(self) -> str:

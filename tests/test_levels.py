@@ -1,0 +1,124 @@
+"""Parts of runs, respaced and listed times, continuous schedules, the least and the most: by exact numbers."""
+
+import math
+
+import numpy as np
+import pytest
+
+from ldm.diffusion import NoiseSchedule, Spacing, levels
+from ldm.diffusion.continuous import EDMSchedule, FlowSchedule
+from ldm.diffusion.spacing import respaced
+from ldm.errors import UsageError
+
+SD = NoiseSchedule.scaled_linear()
+
+
+def test_parts_of_a_run_join() -> None:
+    """Base and refiner share a run as in diffusers' SDXL: the base has the timesteps not below T - end T."""
+    run = levels(SD, 5, Spacing("trailing"), "euler")
+    assert run.timesteps == (999, 799, 599, 399, 199)
+    first, second = run.part(0, 0.8, 1000), run.part(0.8, 1, 1000)
+    assert first.timesteps == (999, 799, 599, 399) and second.timesteps == (199,)
+    assert first.sigmas == run.sigmas[:5] and second.sigmas == run.sigmas[4:]
+    assert first.start == run.start and second.start == math.hypot(1, run.sigmas[4])
+    assert run.part(0, 1, 1000) == run
+    # a boundary on a timestep belongs to the first part: T - 0.201 T = 799
+    assert run.part(0, 0.201, 1000).timesteps == (999, 799)
+    assert run.part(0.201, 1, 1000).timesteps == (599, 399, 199)
+    middle = run.part(0.3, 0.7, 1000)
+    assert middle.timesteps == (599, 399) and middle.sigmas == run.sigmas[2:5]
+    with pytest.raises(UsageError, match=r"no step of 5 lies between 0\.9 and 0\.95"):
+        run.part(0.9, 0.95, 1000)
+
+
+def test_the_least_and_the_most() -> None:
+    assert levels(SD, 5) == levels(SD, 5, Spacing())
+    assert levels(SD, 1000, Spacing("trailing"), "ddim").timesteps == tuple(range(999, -1, -1))
+    assert levels(SD, 1000, Spacing("leading"), "ddim").timesteps == tuple(range(999, -1, -1))
+    one = levels(SD, 1, Spacing("trailing"), "dpm_solver")
+    assert one.timesteps == (999,) and one.sigmas == (SD.sigmas[-1], 0.0)
+    assert NoiseSchedule.from_config({"num_train_timesteps": 1}).num_train_timesteps == 1
+    two = NoiseSchedule(np.array([0.1, 0.2]))
+    rescaled = two.with_zero_terminal_snr().alphas_cumprod
+    assert rescaled[1] == 0 and rescaled[0] == pytest.approx(two.alphas_cumprod[0], rel=1e-12)
+    for bad in ([1.0, 0.1], [0.1, 0.0], [0.1, 1.1], []):
+        with pytest.raises(UsageError, match="betas must be"):
+            NoiseSchedule(np.array(bad))
+
+
+def test_defaults_of_the_schedule() -> None:
+    for t in (0, 500, 999):
+        assert SD.q_posterior(t) == SD.q_posterior(t, t - 1)
+        assert SD.variance(t, "fixed_large") == pytest.approx(SD.betas[t], rel=1e-9)
+    with pytest.raises(UsageError, match="time -2 is outside"):
+        SD.alpha_bar(-2)
+    with pytest.raises(UsageError, match="did you mean 'fixed_small'"):
+        SD.variance(5, "fixed_smal")  # type: ignore[arg-type]
+
+
+def test_respaced_as_nichol_and_dhariwal() -> None:
+    """Their section 3.3 and code: evenly spaced with both ends, in each section; "ddimN" strides from 0."""
+    assert respaced(1000, "5") == (999, 749, 500, 250, 0)  # 249.75 k, rounded
+    assert respaced(300, "10,15,20")[-10:] == tuple(float(round(11 * k)) for k in range(9, -1, -1))
+    assert len(respaced(300, "10,15,20")) == 45 and respaced(300, "10,15,20")[0] == 299
+    assert respaced(300, "10,15,20")[20:35][::-1] == tuple(float(100 + round(99 / 14 * k)) for k in range(15))
+    assert respaced(10, "1,2") == (9, 5, 0)  # sections of 5 and 5; one time of a section is its first
+    assert respaced(11, "1,1") == (6, 0)  # the first section is the longer one
+    assert respaced(1000, "ddim50") == tuple(float(t) for t in range(980, -1, -20))
+    assert respaced(1000, "ddim2") == (500, 0)
+    assert respaced(4, "4") == (3, 2, 1, 0) and respaced(4, "2,2") == (3, 2, 1, 0)
+    for bad, says in {
+        "ddim999": "no whole stride takes 999 of 1000",
+        "ddim1": "no whole stride takes 1 of 1000",
+        "": "write how many",
+        "a": "write how many",
+        "0": "write how many",
+        "3,0": "write how many",
+        "1001": "at most 1000",
+        "400,600": "600 timesteps were asked of a section of 500",
+    }.items():
+        with pytest.raises(UsageError, match=says):
+            respaced(1000, bad)
+
+
+def test_listed_times_and_levels() -> None:
+    run = levels(SD, 7, Spacing(timesteps=(999, 500.5, 3)), "euler")
+    assert run.timesteps == (999, 500.5, 3) and run.sigmas[1] == SD.sigma(500.5) and run.sigmas[-1] == 0
+    run = levels(SD, 7, Spacing(sigmas=(10.0, 2.0), final_sigmas_type="sigma_min"), "euler")
+    assert run.sigmas == (10.0, 2.0, SD.sigmas[0]) and run.timesteps == tuple(SD.t(s) for s in (10.0, 2.0))
+    for fields in ({"timesteps": (3, 5)}, {"timesteps": (3, 3)}, {"sigmas": (1.0, -1.0)}, {"sigmas": (math.inf, 1.0)}):
+        with pytest.raises(UsageError, match="they must be numbers that fall, none below 0"):
+            Spacing(**fields)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="both given"):
+        Spacing(timesteps=(3,), sigmas=(1.0,))
+    with pytest.raises(UsageError, match="timesteps begin at 1000; this schedule has those from 0 to 999"):
+        levels(SD, 1, Spacing(timesteps=(1000, 3)))
+
+
+def test_continuous_schedules() -> None:
+    """EDM: c_noise = log(sigma) / 4 (Karras et al. 2022, table 1). Flow: sigma = s / (1 - s), told T s."""
+    edm = EDMSchedule(0.01, 50.0)
+    assert float(edm.t(1.0)) == 0 and float(edm.t(math.e**4)) == pytest.approx(1)
+    assert float(edm.sigma(edm.t(0.3))) == pytest.approx(0.3, rel=1e-12)
+    run = levels(edm, 4)
+    assert run.sigmas[0] == pytest.approx(50) and run.sigmas[3] == pytest.approx(0.01) and run.sigmas[4] == 0
+    assert run.start == pytest.approx(math.hypot(1, 50))
+    assert run.timesteps == pytest.approx([math.log(s) / 4 for s in run.sigmas[:4]])
+    ramp = [(50 ** (1 / 7) + k / 3 * (0.01 ** (1 / 7) - 50 ** (1 / 7))) ** 7 for k in range(4)]
+    assert run.sigmas[:4] == pytest.approx(ramp)
+    even = levels(EDMSchedule(0.01, 50.0, exponential=True), 3).sigmas
+    assert even[1] == pytest.approx(math.sqrt(0.5)) and levels(edm, 3, Spacing(sigmas=(2.0, 1.0))).sigmas == (2, 1, 0)
+    assert levels(edm, 3, Spacing(final_sigmas_type="sigma_min")).sigmas[-1] == pytest.approx(0.01)
+
+    flow = FlowSchedule(shift=3.0, twice=False)
+    s = np.linspace(1, 1e-3, 5)
+    shifted = 3 * s / (1 + 2 * s)
+    run = levels(flow, 5)
+    assert run.timesteps[1:] == pytest.approx(1000 * shifted[1:]) and run.timesteps[0] == pytest.approx(1000)
+    assert run.sigmas[1:5] == pytest.approx(shifted[1:] / (1 - shifted[1:])) and run.sigmas[5] == 0
+    assert run.start == pytest.approx(1 + run.sigmas[0]) and run.sigmas[0] > 1e8
+    assert float(flow.t(flow.sigma(250.0))) == pytest.approx(250)
+    ended = levels(FlowSchedule(shift_terminal=0.1), 4)
+    assert ended.timesteps[-1] == pytest.approx(100) and ended.timesteps[0] == pytest.approx(1000)
+    with pytest.raises(UsageError, match="laid out on a trained schedule and there is none"):
+        levels(edm, 4, Spacing(sigma_grid="uniform"))
