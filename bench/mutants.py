@@ -46,6 +46,11 @@ SOURCES = (
     *(f"ldm/diffusion/{name}.py" for name in ("spacing", "grids", "prediction", "schedule", "guidance")),
 )
 TESTS = (  # those that exist are run; of each only what is not marked slow
+    "test_levels.py",
+    "test_solver_state.py",
+    "test_guidance.py",
+    "test_solver_laws.py",
+    "test_solver_noise.py",
     "test_solvers.py",
     "test_schedulers.py",
     "test_diffusion.py",

@@ -129,6 +129,24 @@ def test_a_run_to_0_ends_on_what_the_network_says(row: Scheduler) -> None:
 
 
 @pytest.mark.parametrize("row", ROWS)
+def test_a_step_of_no_length_leaves_x_where_it_is(row: Scheduler) -> None:
+    """As the last of EDM's schedulers, whose lowest level is there twice."""
+    sigmas = (*LONG, LONG[-1])
+    options: dict[str, Option] = {"solver_type": "heun"} if "algorithm_type" in row.options else {}
+    (*_, before, last) = row.bound(options, SD)(denoise, UNIT * LONG[0], sigmas, field, None)
+    x = last.past[0].x if row.name.startswith("unipc") else before.x  # where UniPC corrected it to
+    if row.name in ("lcm", "tcd", "dpm++1s", "dpm++2s", "dpm++3s"):  # these begin anew, or go on from an earlier step
+        assert last.x.isfinite().all()
+    else:
+        torch.testing.assert_close(last.x, x, rtol=0, atol=2e-5)
+
+
+def test_latents_are_in_the_networks_frame() -> None:
+    assert torch.equal(Step(0, 1.0, UNIT, UNIT, 1, scale=0.25).latents, UNIT / 4)
+    assert torch.equal(Step(0, 1.0, UNIT, UNIT, 1).latents, UNIT)
+
+
+@pytest.mark.parametrize("row", ROWS)
 def test_noise_is_drawn_by_those_that_say_so_and_level_by_level(row: Scheduler) -> None:
     asked: list[tuple[float, float]] = []
 
