@@ -104,9 +104,9 @@ class Loop(Sampling):
         def walk(
             denoise: Denoiser, x: Tensor, sigmas: Sequence[float], noise: Any, resume: Step | None = None
         ) -> Iterator[Step]:
-            if resume:
+            if resume and resume.calls:
                 raise UsageError(f"a run by {self.scheduler.name} of diffusers cannot be taken up again; begin anew")
-            return self._walk(denoise, x, sigmas, noise, eta or 0.0)
+            return self._walk(denoise, x, sigmas[resume.index + 1 if resume else 0 :], noise, eta or 0.0)
 
         return walk
 
@@ -180,7 +180,7 @@ class Loop(Sampling):
             x = torch.cat([one[0] for one in stepped]).to(x.dtype)
             left = self.steps - 1 - k * self.steps // len(self.times)  # after the step that this call belongs to
             if k + 1 == self.first_call(self.steps - left):
-                index, x0 = int(sigmas[0]) - left - 1, self._estimate(stepped, seen, k, said.x0)
+                index, x0 = self.steps - left - 1, self._estimate(stepped, seen, k, said.x0)
                 yield Step(index, float(left), x, x0, k + 1 - begin)
 
     def _extras(self, run: Any, generator: Any, eta: float) -> Json:

@@ -8,6 +8,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 import torch
@@ -88,9 +89,11 @@ class Run:
     def steps(self, latents: Tensor | None, resume: Step | None) -> Iterator[Step]:
         """The steps, from `latents` [B, C, H, W] (default noise), or those after `resume`.
 
+        A part of a run is walked as such: what a solver does by the number of steps, it does by that of the whole.
         NumericalError: x is not finite after one of them.
         """
-        levels, noise = self.levels, Noise(self.draws, self.shape, self._like.device)
+        whole, levels, noise = self._whole, self.levels, Noise(self.draws, self.shape, self._like.device)
+        skipped = whole.timesteps.index(levels.timesteps[0])
         x = resume.x.to(self._like.device) if resume else self._begin(latents, noise) * levels.start
         if self.order.eta_noise_seed_delta:
             seeds = [draw.initial_seed() + self.order.eta_noise_seed_delta for draw in self.draws]
@@ -102,13 +105,18 @@ class Run:
             positive = [sigma for sigma in levels.sigmas if sigma > 0]
             seeds = [draw.initial_seed() for draw in self.draws]
             fresh = Brownian(seeds, self.shape, self._like.device, positive[-1], positive[0], self._source)
-        denoise = self.sampling.denoiser(self._guided(self.bridge(levels)), levels)
+        denoise = self.sampling.denoiser(self._guided(self.bridge(whole)), whole)
+        last = replace(resume, index=skipped + resume.index) if resume else None
+        if skipped and not last:
+            last = Step(skipped - 1, levels.sigmas[0], x, x, 0)
+        left = len(levels.timesteps) - (resume.index + 1 if resume else 0)
         finite = []
-        for step in self.sampling.solver(self.order.eta)(denoise, x, levels.sigmas, fresh, resume):
+        for step in islice(self.sampling.solver(self.order.eta)(denoise, x, whole.sigmas, fresh, last), left):
             finite.append(torch.isfinite(step.x).all())
             if self._like.device.type == "cpu":  # elsewhere reading it would wait for the device
                 refuse_infinite(finite, self.sampling.scheduler.name, self._like.dtype)
-            yield replace(step, scale=self.sampling.scale(step.sigma), state=noise.state())
+            scale, index = self.sampling.scale(step.sigma), step.index - skipped
+            yield replace(step, index=index, scale=scale, state=noise.state())
         refuse_infinite(finite, self.sampling.scheduler.name, self._like.dtype)
 
     @property
@@ -148,7 +156,7 @@ class Run:
         """
         kind, images = self.sampling.kind, len(self.draws)
         told = dict(zip(levels.sigmas, levels.timesteps, strict=False))
-        falling = [-sigma for sigma in self._whole.sigmas]
+        falling = [-sigma for sigma in levels.sigmas]
         groups: dict[tuple[int, int], list[int]] = {}  # rows of one length, and on the CPU of one image
         for row, length in enumerate(self.script.tokens):
             groups.setdefault((length, 0 if self._like.device.type == "cuda" else row % images), []).append(row)

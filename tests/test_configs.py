@@ -376,3 +376,20 @@ def test_what_that_profile_leaves_as_it_is() -> None:
     plms = from_config(of_v, "PLMS", profile="a1111")  # it extrapolates the noise, of whatever network
     assert plms.options == {"skip_prk_steps": True, "prediction": "epsilon"} and plms.family == "compvis"
     assert math.isfinite(plms.levels(9).sigmas[0])
+
+
+def test_no_slopes_from_infinity() -> None:
+    """Of a flow-matching model the first level is infinite; what steps by x0 there is exact, by slopes noise."""
+    flow = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
+    for name in ("heun", "lms", "plms", "dpm2_a", "deis", "dpm_solver"):
+        with pytest.raises(UsageError, match=f"{name} goes along slopes .* use one of ddpm, ddim, euler, euler_a"):
+            from_config(flow, name)
+    assert [from_config(flow, name).scheduler.name for name in ("unipc", "dpm++2m")] == ["unipc", "dpm++2m"]
+
+
+def test_the_first_published_configs_are_read() -> None:
+    """Fields that diffusers wrote in 2022 and dropped since."""
+    old = {"tensor_format": "pt", "timestep_values": None, "predict_epsilon": True, "clip_sample": False}
+    assert from_config({"_class_name": "DDIMScheduler", **old}).prediction == "epsilon"
+    with pytest.raises(ModelError, match="predict_epsilon = False"):
+        from_config({"_class_name": "DDPMScheduler", "predict_epsilon": False})

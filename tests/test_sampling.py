@@ -151,3 +151,13 @@ def test_remarks_say_what_is_not_read(pipeline: Pipeline) -> None:
     assert "unread" in remark and "not read" in remark
     assert pipeline.remarks(replace(order, literal=False)) == ()
     assert pipeline(order).notes == (remark,)
+
+
+@pytest.mark.parametrize("scheduler", ["dpm++2m", "dpm++3s", "unipc"])
+def test_a_part_of_a_run_knows_of_the_whole(pipeline: Pipeline, scheduler: str) -> None:
+    """What is done by the number of steps, as the lower order of the last, is done by that of the whole run."""
+    whole = walked(pipeline, scheduler=scheduler, num_inference_steps=14)
+    first = walked(pipeline, scheduler=scheduler, num_inference_steps=14, denoising_end=0.5)
+    assert len(first) == 8 and [step.index for step in first] == list(range(8))
+    for step, before in zip(first, whole, strict=False):
+        assert torch.equal(step.x, before.x) and step.calls == before.calls

@@ -18,6 +18,7 @@ from ldm.schedulers.table import SCHEDULERS, Option, Scheduler, find
 EDM = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 FLOW_MATCH = "FlowMatchEulerDiscreteScheduler"
 PROFILES = ("diffusers", "a1111")
+BY_SLOPES = ("plms", "lms", "heun", "dpm2", "dpm2_a", "deis", "dpm_solver", "dpm_solver_sde")
 
 _BOOLS = (False, True, None)
 _ANY = None
@@ -36,7 +37,8 @@ _KNOWN: dict[str, tuple[Any, ...] | None] = {
     "time_shift_type": _ANY, "flow_shift": _ANY, "use_flow_sigmas": (False, None), "solver_p": (None,),
     "use_dynamic_shifting": (False, None), "invert_sigmas": (False, None), "interpolation_type": ("linear",),
     "timestep_type": ("discrete",), "sigma_min": _ANY, "sigma_max": _ANY,
-    "lambda_min_clipped": (-math.inf, None, "-inf", "-Infinity"), "dtype": _ANY, "trained_timesteps": _ANY,
+    "lambda_min_clipped": (-math.inf, None, "-inf", "-Infinity"),
+    "tensor_format": _ANY, "predict_epsilon": (True, None), "timestep_values": (None,),  # of 2022
 }  # fmt: skip
 """Every field of the classes of SCHEDULERS -> the values we compute as diffusers does (_ANY: read or checked where it
 is used, or of no effect); another value, or another field, is refused."""
@@ -162,6 +164,12 @@ def from_config(
         spacing = replace(spacing, timestep_spacing=wanted, sigma_grid="")
     elif wanted:
         spacing = replace(spacing, sigma_grid=find_grid(wanted).name)
+    if isinstance(schedule, FlowSchedule) and row.name in BY_SLOPES:
+        others = ", ".join(name for name in SCHEDULERS if name not in BY_SLOPES)
+        raise UsageError(
+            f"{row.name} goes along slopes of x by sigma, which of a flow-matching model begins at infinity, where "
+            f"float32 has no digits left for them; use one of {others}"
+        )
     if row.family == "distilled" and spacing.sigma_grid:
         raise UsageError(
             f"{row.name} visits the times that its model was distilled at, not the grid {spacing.sigma_grid}; "
