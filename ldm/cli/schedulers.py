@@ -104,7 +104,9 @@ def listing(*heads: str) -> "Table":
 
 
 def plot_levels(path: Path, steps: int, model: Path | None) -> None:
-    """The noise levels (sigma, logarithmic) of every scheduler's run on a model's schedule, as a figure."""
+    """The noise levels (sigma, logarithmic) of runs on a model's schedule, as a figure: of every scheduler, and of
+    Euler on every grid. Those that visit the same levels share a line.
+    """
     import io
 
     import matplotlib
@@ -114,20 +116,25 @@ def plot_levels(path: Path, steps: int, model: Path | None) -> None:
 
     from ldm.checkpoints.folder import SCHEDULER
     from ldm.checkpoints.safe import atomic_bytes, read_json
+    from ldm.diffusion.grids import GRIDS
     from ldm.schedulers import SCHEDULERS, from_config
     from ldm.sources import model_in_the_box
 
     config = read_json((model or model_in_the_box()) / SCHEDULER)
-    figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
-    for i, name in enumerate(SCHEDULERS):
-        sampling = from_config(config, name)
-        sigmas = sampling.scheduler.levels(sampling.schedule, steps, sampling.spacing).sigmas
-        shown = [(k, sigma) for k, sigma in enumerate(sigmas) if 0 < sigma < 1e4]  # not 0, nor what stands for infinity
-        line = ("-", "--", ":")[i % 3]
-        axes.plot(*zip(*shown, strict=True), label=name, marker="o", markersize=4, alpha=0.7, linestyle=line)
+    runs = {name: from_config(config, name) for name in SCHEDULERS if steps <= 50 or name not in ("lcm", "tcd")}
+    runs |= {f"grid {name}": from_config(config, "euler", schedule_type=name) for name in GRIDS}
+    alike: dict[tuple[tuple[int, float], ...], list[str]] = {}
+    for name, sampling in runs.items():
+        sigmas = sampling.levels(steps).sigmas
+        shown = tuple((k, sigma) for k, sigma in enumerate(sigmas) if 0 < sigma < 1e4)  # not what stands for infinity
+        alike.setdefault(shown, []).append(name)
+    figure, axes = pyplot.subplots(figsize=(10, 5.5), layout="constrained")
+    for i, (shown, names) in enumerate(alike.items()):
+        line, label = ("-", "--", ":")[i % 3], ", ".join(names[:3]) + (f" and {len(names) - 3} more" * (len(names) > 3))
+        axes.plot(*zip(*shown, strict=True), label=label, marker="o", markersize=4, alpha=0.7, linestyle=line)
     axes.set(xlabel="step", ylabel="sigma", yscale="log", title=f"noise levels of {steps} steps")
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside right upper", fontsize="small")
     data = io.BytesIO()
     figure.savefig(data, format=path.suffix[1:].lower(), dpi=110)
     pyplot.close(figure)
