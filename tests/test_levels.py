@@ -1,14 +1,25 @@
-"""Parts of runs, respaced and listed times, continuous schedules, the least and the most: by exact numbers."""
+"""Parts of runs, respaced and listed times, continuous schedules, the least and the most, steps of no length: by exact
+numbers.
+"""
 
 import math
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
-from ldm.diffusion import NoiseSchedule, Spacing, levels
+from ldm.diffusion import Estimate, NoiseSchedule, Spacing, levels
 from ldm.diffusion.continuous import EDMSchedule, FlowSchedule
 from ldm.diffusion.spacing import respaced
 from ldm.errors import UsageError
+from ldm.schedulers import from_config, solve
+from ldm.schedulers.ddim import tcd
+from ldm.schedulers.dpm_solver import multistep, singlestep
+from ldm.schedulers.exponential import ALGORITHMS
+from ldm.schedulers.linear_multistep import deis, lms
+from ldm.schedulers.solver import Advance
+from ldm.schedulers.unipc import unipc
 
 SD = NoiseSchedule.scaled_linear()
 
@@ -122,3 +133,53 @@ def test_continuous_schedules() -> None:
     assert ended.timesteps[-1] == pytest.approx(100) and ended.timesteps[0] == pytest.approx(1000)
     with pytest.raises(UsageError, match="laid out on a trained schedule and there is none"):
         levels(edm, 4, Spacing(sigma_grid="uniform"))
+
+
+def test_a_step_of_no_length_changes_nothing() -> None:
+    """Grids that visit the lowest level, and then end at it, have one: x stays as it is, in every order."""
+    x = torch.linspace(-2, 2, 8).view(1, 2, 2, 2)
+
+    def denoise(x: Tensor, sigma: float) -> Estimate:
+        return Estimate(torch.tanh(x) * (1 + sigma))
+
+    solvers = [multistep(order, kind, how) for order in (2, 3) for kind in ALGORITHMS for how in ("midpoint", "heun")]
+    solvers += [unipc(order, how, data) for order in (2, 3) for how in ("bh1", "bh2") for data in (True, False)]
+    for advance in [*solvers, lms(), deis(3)]:
+        sigmas = [9.0 * 0.7**k for k in range(20)]
+        *_, before, last = solve(advance, denoise, x, [*sigmas, sigmas[-1]], lambda *_: torch.ones_like(x))
+        corrected = last.past[0].x  # UniPC's x at the step's beginning; of the others `before.x`
+        assert torch.allclose(last.x, corrected, rtol=1e-6, atol=1e-6) and before.sigma == last.sigma
+
+
+def test_defaults_of_the_solvers() -> None:
+    def end(advance: Advance) -> Tensor:
+        x = torch.linspace(-2, 2, 8).view(1, 2, 2, 2)
+        steps = solve(advance, lambda x, sigma: Estimate(torch.tanh(x + sigma)), x, (9.0, 4.0, 2.5, 1.0, 0.3), never)
+        return [step.x for step in steps][-1]
+
+    assert torch.equal(end(singlestep()), end(singlestep(2, "dpmsolver++", "midpoint")))
+    assert torch.equal(end(multistep()), end(multistep(2, "dpmsolver++", "midpoint")))
+    assert not torch.equal(end(singlestep()), end(singlestep(3)))
+
+
+def never(sigma: float, sigma_next: float) -> Tensor:
+    raise AssertionError("a deterministic run drew noise")
+
+
+@pytest.mark.parametrize("t", [90, 340, 350, 500])
+def test_tcd_goes_by_whole_times(t: int) -> None:
+    """Zheng et al. 2024, algorithm 4: down to floor((1 - 0.3) t), where 62.99999999999999 is 63, then noise up to t."""
+    x, clean, fresh = (torch.full((1, 1, 2, 2), value) for value in (5.0, 2.0, -1.0))
+    start, level, between = (float(SD.sigma(time)) for time in (999, t, 7 * t // 10))
+    (step,) = solve(tcd(SD, 0.3), lambda x, sigma: Estimate(clean), x, (start, level), lambda *_: fresh)
+    expected = 2 + between / start * 3 - math.sqrt(level**2 - between**2)
+    assert float(step.x[0, 0, 0, 0]) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_scale_of_latents() -> None:
+    """VP frames are scaled where a run ends above 0, flow matching too; EDM's samples are x itself."""
+    low = from_config({"_class_name": "DDIMScheduler", "clip_sample": False})
+    assert low.scale(0.0) == 1 and low.scale(0.5) == 1 / math.hypot(1, 0.5) and low.scale(2.0) == 1 / math.hypot(1, 2)
+    flow = from_config({"_class_name": "FlowMatchEulerDiscreteScheduler"})
+    assert flow.scale(0.5) == 1 / 1.5 and flow.scale(0.0) == 1
+    assert from_config({"_class_name": "EDMEulerScheduler"}).scale(0.5) == 1

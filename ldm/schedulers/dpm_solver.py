@@ -83,9 +83,11 @@ def _step(leg: Leg, how: Algorithm, points: tuple[Past, ...], x: Tensor, heun: b
     if leg.next == 0:
         return points[0].x0  # for first order, all that is asked for there
     frame = how.step(points[0].sigma, leg.next)
+    if frame.h == 0:
+        return x
     m, *others = [how.model(point) for point in points]
     # (m_k - m) / r_k, where r_k is the way to that point in lambda, in steps of h
-    ways = [math.log(points[0].sigma / point.sigma) / frame.h if frame.h else 1.0 for point in points[1:]]
+    ways = [math.log(points[0].sigma / point.sigma) / frame.h for point in points[1:]]
     slopes = [(other - m) / way for other, way in zip(others, ways, strict=True)]
     phi = phis(frame.hh, 3)
     terms = [(phi[0], m)]

@@ -71,8 +71,8 @@ def algorithm(name: str) -> Algorithm:
 
 
 def phis(hh: float, count: int) -> list[float]:
-    """phi_1 .. phi_count: phi_1 = e^hh - 1 and phi_(k+1) = phi_k / hh - 1 / k!; 0 at hh = 0, where x stands still."""
+    """phi_1 .. phi_count: phi_1 = e^hh - 1 and phi_(k+1) = phi_k / hh - 1 / k!; hh is not 0."""
     values = [math.expm1(hh)]
     for k in range(1, count):
-        values.append(values[-1] / hh - 1 / math.factorial(k) if hh else 0.0)
+        values.append(values[-1] / hh - 1 / math.factorial(k))
     return values
