@@ -66,7 +66,58 @@ EQUIVALENT = {
         "ldm/diffusion/spacing.py",
         "return np.round(np.arange(total, -1, -total / n)[:n]) - 1",
     ): "cut to n numbers anyway",
-    ("ldm/diffusion/schedule.py", "if not -2 <= previous < t:"): "alpha_bar refuses -2 next, also as a time outside",
+    (
+        "ldm/diffusion/schedule.py",
+        "if not -2 <= previous < t:",
+    ): "alpha_bar refuses -2 next, also as a time outside",
+    (
+        "ldm/schedulers/config.py",
+        'named = ", ".join(f"{name} = {config[name]!r}" for name in rows[1].fixed if name in config)',
+    ): "only a sentence's words; the rows of one class fix the same options",
+    (
+        "ldm/schedulers/config.py",
+        "spacing = replace(spacing, sigma_grid=grids[-1])",
+    ): "there is one grid: more are refused above",
+    (
+        "ldm/schedulers/dpm_solver.py",
+        "phi = phis(frame.hh, 4)",
+    ): "one more phi, which is not used",
+    (
+        "ldm/schedulers/exponential.py",
+        "for k in range(1, count + 1):",
+    ): "one more phi, which is not used",
+    (
+        "ldm/schedulers/linear_multistep.py",
+        "t, t_next = (int(schedule.t(max(level, schedule.sigmas[0]))) for level in (leg.sigma, leg.next))",
+    ): "the time of a trained level comes out whole",
+    (
+        "ldm/schedulers/linear_multistep.py",
+        "whole = sum((basis.deriv(k) * (-1) ** k for k in range(1, len(sigmas) + 1)), basis)",
+    ): "one more derivative of a polynomial, which is 0",
+    (
+        "ldm/schedulers/second_order.py",
+        "middle = math.sqrt(leg.sigma * down) / (1 - 1e-09)",
+    ): "a billionth above the next level or below it: only not on it matters",
+    (
+        "ldm/schedulers/second_order.py",
+        "middle = math.sqrt(leg.sigma * down) * (1 + 1e-09)",
+    ): "a billionth above the next level or below it: only not on it matters",
+    (
+        "ldm/schedulers/table.py",
+        "steps = max((n for n in range(1, nfe + 1 + 1) if self.network_calls(n) <= nfe), default=0)",
+    ): "one more step than calls costs more than the budget",
+    (
+        "ldm/schedulers/unipc.py",
+        'phi, b_of_h = phis(frame.hh, len(points) + 1), frame.hh if solver_type == "bh1" else phis(frame.hh, 2)[0]',
+    ): "one more phi, which is not used",
+    (
+        "ldm/diffusion/grids.py",
+        "for _ in range(7): # the error squares each time",
+    ): "Newton's method has reached the last bit before",
+    (
+        "ldm/diffusion/prediction.py",
+        "c_in=lambda sigma: 1 / math.hypot(sigma, sigma_data),",
+    ): "hypot is symmetric",
 }
 
 KINDS = ("sign", "index", "coefficient", "order", "function", "dropped")

@@ -36,6 +36,9 @@ def test_parts_of_a_run_join() -> None:
     # a boundary on a timestep belongs to the first part: T - 0.201 T = 799
     assert run.part(0, 0.201, 1000).timesteps == (999, 799)
     assert run.part(0.201, 1, 1000).timesteps == (599, 399, 199)
+    three = levels(SD, 3, Spacing("trailing"), "ddim")  # 666.3 is rounded to 666, which is then not below it
+    assert three.timesteps == (999, 666, 332) and three.part(0, 0.3337, 1000).timesteps == (999, 666)
+    assert three.part(0.3337, 1, 1000).timesteps == (332,)
     middle = run.part(0.3, 0.7, 1000)
     assert middle.timesteps == (599, 399) and middle.sigmas == run.sigmas[2:5]
     with pytest.raises(UsageError, match=r"no step of 5 lies between 0\.9 and 0\.95"):
@@ -46,6 +49,8 @@ def test_the_least_and_the_most() -> None:
     assert levels(SD, 5) == levels(SD, 5, Spacing())
     assert levels(SD, 1000, Spacing("trailing"), "ddim").timesteps == tuple(range(999, -1, -1))
     assert levels(SD, 1000, Spacing("leading"), "ddim").timesteps == tuple(range(999, -1, -1))
+    with pytest.raises(UsageError, match="at most 1000 do"):
+        levels(SD, 1001, Spacing("trailing"), "dpm_solver")
     one = levels(SD, 1, Spacing("trailing"), "dpm_solver")
     assert one.timesteps == (999,) and one.sigmas == (SD.sigmas[-1], 0.0)
     assert NoiseSchedule.from_config({"num_train_timesteps": 1}).num_train_timesteps == 1
@@ -77,12 +82,14 @@ def test_respaced_as_nichol_and_dhariwal() -> None:
     assert respaced(11, "1,1") == (6, 0)  # the first section is the longer one
     assert respaced(1000, "ddim50") == tuple(float(t) for t in range(980, -1, -20))
     assert respaced(1000, "ddim2") == (500, 0)
+    assert len(respaced(20000, "10000")) == 10000
     assert respaced(4, "4") == (3, 2, 1, 0) and respaced(4, "2,2") == (3, 2, 1, 0)
     for bad, says in {
         "ddim999": "no whole stride takes 999 of 1000",
         "ddim1": "no whole stride takes 1 of 1000",
         "": "write how many",
         "a": "write how many",
+        "ddimx": "write how many",
         "0": "write how many",
         "3,0": "write how many",
         "1001": "at most 1000",
@@ -160,6 +167,9 @@ def test_defaults_of_the_solvers() -> None:
     assert torch.equal(end(singlestep()), end(singlestep(2, "dpmsolver++", "midpoint")))
     assert torch.equal(end(multistep()), end(multistep(2, "dpmsolver++", "midpoint")))
     assert not torch.equal(end(singlestep()), end(singlestep(3)))
+    assert torch.equal(end(unipc()), end(unipc(2, "bh2", True, True)))
+    assert not torch.equal(end(unipc()), end(unipc(2, "bh2", True, False)))
+    assert torch.equal(end(deis()), end(deis(2, True))) and torch.equal(end(lms()), end(lms(4)))
 
 
 def never(sigma: float, sigma_next: float) -> Tensor:

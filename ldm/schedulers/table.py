@@ -71,7 +71,9 @@ class Scheduler:
     def network_calls(self, n: int, to_zero: bool = True) -> int:
         """How often a run of n steps calls the network. to_zero: its last level is 0, where half steps are saved."""
         each, more = self.calls
-        return n * each + (more if n > 1 and (more > 0 or to_zero) else 0) if n > 1 else 1 if to_zero else each
+        if n == 1:
+            return 1 if to_zero else each
+        return n * each + (more if more > 0 or to_zero else 0)
 
     def steps_within(self, nfe: int) -> int:
         """The most steps, at least 1, that call the network no more than `nfe` times. UsageError: not even one does."""
