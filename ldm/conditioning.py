@@ -32,14 +32,13 @@ class Script:
     tuples of B; parts of weight 0 fill up for prompts of fewer parts and need not be computed. tokens: of the T, how
     many each row is told; what is behind them only makes the rows one tensor, and depends on the other prompts. Rows of
     as many tokens may go through the network together. guiding: whether there is a negative block, which parts and
-    weights need at any guidance. notes: what was not heard, each a sentence.
+    weights need at any guidance.
     """
 
     acts: tuple[tuple[int, Conditioning], ...]
     weights: tuple[tuple[float, ...], ...]
     tokens: tuple[int, ...]
     guiding: bool
-    notes: tuple[str, ...] = ()
 
 
 def encoder_of(c: Components) -> AnyEncoder:
@@ -211,7 +210,6 @@ def script(
         weights=tuple(tuple(voice.weight for voice in block for _ in range(n)) for block in blocks),
         tokens=tuple(length for length in lengths for _ in range(n)),
         guiding=guiding,
-        notes=unheard(encoder, order),
     )
 
 

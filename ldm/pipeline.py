@@ -26,7 +26,7 @@ from ldm.models.vae import AutoencoderKL
 from ldm.noise import Generator, generators
 from ldm.refusals import refuse_unfit
 from ldm.request import MOST_IMAGES, Request, make_request
-from ldm.runtime import decoding_types, refuse_if_too_large, resolve_device, resolve_dtype
+from ldm.runtime import decoding_types, latent_sides, refuse_if_too_large, resolve_device, resolve_dtype
 from ldm.safety import flagged
 from ldm.schedulers import Sampling, Step
 from ldm.sources import open_model
@@ -309,11 +309,11 @@ class Pipeline:
     ) -> Run:
         """A run of a resolved request by this model alone: prompt -> embeddings, and what else it is made of."""
         assert order.height and order.width and order.guidance_scale is not None
-        images, factor = len(draws), self.vae.config.factor
+        images, vae = len(draws), self.vae.config
         at_once = images if self.device.type == "cuda" else 1
         refuse_if_too_large(self.unet, self.vae, order.height, order.width, at_once, images)
         said = script(self.components, self.text_encoder, order, order.guidance_scale != 1, given, negative)
-        shape = (self.vae.config.latent_channels, -(-order.height // factor), -(-order.width // factor))
+        shape = (vae.latent_channels, *latent_sides(order.height, order.width, vae.factor))
         told = sizes(self.components, order, images, said.guiding, len(said.weights))
         return Run(self.unet, self.sampling(order), order, shape, said, told, draws)
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ldm.checkpoints.components import Components
 from ldm.conditioning import SIZES
+from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import NumericalError, UsageError
 from ldm.models.tiny_vae import TinyVAEConfig
 from ldm.models.unet import UNetConfig
@@ -34,6 +35,11 @@ def refuse_unfit(c: Components, sampling: Sampling, order: Request) -> None:
     least = factor * lone_pixels(config, c.vae.config) + 1
     if max(order.height, order.width) < least:
         raise UsageError(f"size {order.width}x{order.height}; the longer side must be at least {least} for this model")
+    if (order.denoising_start or order.denoising_end < 1) and not isinstance(sampling.schedule, NoiseSchedule):
+        raise UsageError(
+            f"denoising_start is {order.denoising_start} and denoising_end {order.denoising_end}; a run is shared "
+            "between models on a table of noise levels, and this model has none, so leave both out"
+        )
     assert order.num_inference_steps
     sampling.solver(order.eta)
     sampling.levels(order.num_inference_steps)

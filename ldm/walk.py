@@ -7,7 +7,7 @@ B images, C latent channels, H W latent height and width.
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import islice
 from typing import Any
 
@@ -36,7 +36,7 @@ def sampling_of(config: Mapping[str, Any], order: Request, scheduler: str | None
     if order.timestep_respacing:
         times = respaced(int(config.get("num_train_timesteps", 1000)), order.timestep_respacing)
     return from_config(
-        config, scheduler, schedule_type=order.schedule_type, profile=order.profile, timesteps=times,
+        config, scheduler, schedule_type=order.schedule_type, a1111=order.profile == "a1111", timesteps=times,
         sigmas=order.sigmas, xl=xl,
     )  # fmt: skip
 
@@ -74,13 +74,13 @@ class Run:
         """Of the network's device and type; the state of a run is float32 in any case."""
         return self.unet.conv_in.weight
 
-    @property
+    @cached_property
     def _whole(self) -> Levels:
         """The levels of the run that this one may be a part of; the script counts its steps."""
         assert self.order.num_inference_steps
         return self.sampling.levels(self.order.num_inference_steps)
 
-    @property
+    @cached_property
     def levels(self) -> Levels:
         """The levels that this run visits."""
         total = self.sampling.schedule.num_train_timesteps
@@ -154,8 +154,7 @@ class Run:
         On the CPU each image is a network call of its own (with the other parts of its guidance), so that its pixels do
         not depend on the images drawn beside it; on CUDA all go at once.
         """
-        kind, images = self.sampling.kind, len(self.draws)
-        told = dict(zip(levels.sigmas, levels.timesteps, strict=False))
+        kind, images, told = self.sampling.kind, len(self.draws), levels.told
         falling = [-sigma for sigma in levels.sigmas]
         groups: dict[tuple[int, int], list[int]] = {}  # rows of one length, and on the CPU of one image
         for row, length in enumerate(self.script.tokens):
@@ -179,7 +178,8 @@ class Run:
             t = told[sigma] if sigma in told else self.sampling.t(sigma)
             times = torch.full((len(x),), t, device=x.device)
             outputs = scaled.new_empty(len(x), (1 + learned) * x.shape[1], *x.shape[2:])
-            act = next(text for until, text in self.script.acts if step < until)
+            acts = self.script.acts  # a run of A1111's DDIM has more steps than were asked for: the last act lasts
+            act = next((text for until, text in acts if step < until), acts[-1][1])
             for rows, said in prepared(act):
                 outputs[rows] = self.unet(scaled[rows], times[rows], said)
             output, *variance = outputs.float().split(x.shape[1], dim=1)

@@ -3,13 +3,15 @@
 import inspect
 import json
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import diffusers
 import numpy as np
 import pytest
 import torch
-from solving import SD15, ours, scheduler, stream
+from solving import SD15, difference, ours, read, scheduler, stream, theirs
 
 from ldm.diffusion import PREDICTIONS, NoiseSchedule, Spacing
 from ldm.diffusion.continuous import EDMSchedule, FlowSchedule
@@ -90,6 +92,17 @@ def test_misspelt_names_are_offered_the_nearest(typed: str, said: str) -> None:
         find(typed)
 
 
+SWITCHES = {row.field for row in GRIDS.values()} - {""}
+UNREAD = {  # fields that a class of diffusers has and never reads, or on no way through a run
+    "lcm": {"set_alpha_to_one"}, "tcd": {"set_alpha_to_one", "clip_sample", "thresholding"},
+}  # fmt: skip
+
+
+def takes_of(classes: Sequence[str]) -> set[str]:
+    """The fields of classes of diffusers."""
+    return {name for cls in classes for name in inspect.signature(getattr(diffusers, cls).__init__).parameters}
+
+
 def test_every_row_says_what_it_is() -> None:
     for name, row in SCHEDULERS.items():
         assert row.name == name and row.description and row.description == row.description.strip(" .")
@@ -97,6 +110,9 @@ def test_every_row_says_what_it_is() -> None:
         takes = list(inspect.signature(row.solver).parameters)[row.timed :]
         assert set(row.options) <= set(takes), "an option is an argument of the solver"
         assert row.a1111_grid in GRIDS and row.noise in ("", "fresh", "brownian")
+        reads = {"grids"} if SWITCHES & takes_of(row.classes[:1]) else set()
+        reads |= {"final_sigmas_type", "set_alpha_to_one", "clip_sample", "thresholding"} & takes_of(row.classes[:1])
+        assert not row.classes or set(row.reads) == reads - UNREAD.get(name, set())
         fields = {"clip_sample": False} if name in ("ddpm", "ddim") else {}
         for cls in row.classes:
             if cls not in TABLE_FREE and cls != "DPMSolverSinglestepScheduler":  # which has one spacing alone
@@ -223,19 +239,29 @@ def test_what_cuts_x0() -> None:
     base = {"clip_sample": True, "clip_sample_range": 0.5, "thresholding": True, "sample_max_value": 2.0}
     cutting = {
         "ddpm": (0.5, (0.995, 2.0)), "lcm": (0.5, (0.995, 2.0)), "heun": (0.5, None), "tcd": (None, None),
-        "euler": (None, None), "plms": (0.5, None), "dpm++2m": (None, (0.995, 2.0)), "deis": (None, (0.995, 2.0)),
+        "euler": (None, None), "plms": (None, None), "dpm++2m": (None, (0.995, 2.0)), "deis": (None, (0.995, 2.0)),
     }  # fmt: skip
     for name, expected in cutting.items():
-        config = {"_class_name": SCHEDULERS[name].classes[0], **base}
-        if name == "plms":
-            continue
-        sampling = from_config(config)
-        assert (sampling.clip, sampling.threshold) == expected, name
+        for sampling in (
+            from_config({"_class_name": SCHEDULERS[name].classes[0], **base}),
+            from_config({"_class_name": "DDIMScheduler", **base}, name),
+        ):
+            assert (sampling.clip, sampling.threshold) == expected, name
     unipc = {"_class_name": "UniPCMultistepScheduler", **base, "dynamic_thresholding_ratio": 0.8}
     assert from_config(unipc).threshold == (0.8, 2.0)
     assert from_config(unipc | {"predict_x0": False}).threshold is None
     assert from_config({"_class_name": "DDPMScheduler"}).clip == 1.0
     assert from_config(STABLE_DIFFUSION, "lcm").boundary == 10.0 and from_config(STABLE_DIFFUSION).boundary is None
+
+
+@pytest.mark.parametrize("said", [{}, {"clip_sample": True, "thresholding": True}])
+def test_what_a_class_has_no_field_for_it_does_not_do(said: dict[str, Any]) -> None:
+    """PNDM with the config of a DDIM that cuts x0, be it by default."""
+    config, how = SD15 | {"set_alpha_to_one": False, "steps_offset": 1} | said, {"skip_prk_steps": True}
+    oracle = diffusers.PNDMScheduler.from_config(diffusers.DDIMScheduler(**config).config, **how)
+    sampling = from_config({"_class_name": "DDIMScheduler", **config, **how}, "plms")
+    sampling = replace(sampling, schedule=read(oracle).schedule)  # in float32
+    assert difference("PNDMScheduler", sampling, ours(sampling, 20, stream())[1], theirs(oracle, 20)) < 1e-5
 
 
 REFUSED = [
@@ -293,7 +319,6 @@ def test_wishes_that_cannot_be_met_are_refused() -> None:
         ({"scheduler": "lcm", "schedule_type": "karras"}, "lcm visits the times that its model was distilled at"),
         ({"scheduler": "LCM Karras"}, "not the grid karras; leave the schedule type out, or choose another scheduler"),
         ({"schedule_type": "karas"}, "did you mean 'karras'"),
-        ({"profile": "a111"}, "did you mean 'a1111'"),
         ({"scheduler": "eulr"}, "did you mean 'euler'"),
         ({"timesteps": (5.0,), "sigmas": (1.0,)}, "timesteps and sigmas were both given"),
         ({"scheduler": "ddim"}, None),
@@ -311,7 +336,8 @@ def test_the_network_can_be_read_whatever_the_solver() -> None:
     zero = {**SD15, "rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "clip_sample": True}
     schedule, prediction = network_of({"_class_name": "DDIMScheduler", **zero})
     assert prediction == "v_prediction" and schedule.zero_terminal_snr
-    narrow, _ = network_of({"_class_name": "LCMScheduler"})
+    narrow, plain = network_of({"_class_name": "LCMScheduler", "beta_schedule": None, "prediction_type": None})
+    assert plain == "epsilon"
     np.testing.assert_array_equal(narrow.betas, NoiseSchedule.scaled_linear().betas)
     with pytest.raises(ModelError, match="EDMEulerScheduler: a network without a table of noise levels"):
         network_of({"_class_name": "EDMEulerScheduler"})
@@ -346,34 +372,31 @@ AUTOMATIC = {  # label -> its grid there, whether one more level is laid out and
 def test_the_profile_of_stable_diffusion_webui(label: str) -> None:
     grid, discards = AUTOMATIC[label]
     for wish in ({}, {"schedule_type": "Automatic"}, {"schedule_type": "leading"}):
-        sampling = from_config(STABLE_DIFFUSION, label, profile="a1111", **wish)
+        sampling = from_config(STABLE_DIFFUSION, label, a1111=True, **wish)
         assert (sampling.spacing.sigma_grid, sampling.discards) == (grid, discards) and not sampling.note
         assert sampling.noise == ("brownian" if "SDE" in label else "fresh" if label.endswith(" a") else "")
         assert len(sampling.levels(6).timesteps) == 6 and sampling.levels(6).sigmas[-1] == 0
         assert sampling.options.get("lower_order_final", False) is False
-    other = from_config(STABLE_DIFFUSION, f"{label} Exponential", profile="a1111")
+    other = from_config(STABLE_DIFFUSION, f"{label} Exponential", a1111=True)
     assert (other.spacing.sigma_grid, other.discards) == ("exponential", discards)
-    kl = from_config(STABLE_DIFFUSION, label, schedule_type="KL Optimal", profile="a1111").levels(6)
+    kl = from_config(STABLE_DIFFUSION, label, schedule_type="KL Optimal", a1111=True).levels(6)
     assert len(kl.timesteps) == 6 and kl.sigmas[-1] == pytest.approx(float(NoiseSchedule.scaled_linear().sigmas[0]))
-    plain = from_config(STABLE_DIFFUSION, label, profile="diffusers")
-    assert (
-        plain == from_config(STABLE_DIFFUSION, label) or plain.spacing == from_config(STABLE_DIFFUSION, label).spacing
-    )
+    plain = from_config(STABLE_DIFFUSION, label)
     assert not plain.discards and not plain.family
 
 
 def test_what_that_profile_leaves_as_it_is() -> None:
     for name in ("unipc", "deis", "lcm", "tcd", "ddpm", "dpm++3m", "dpm_solver"):
-        sampling = from_config(STABLE_DIFFUSION, name, profile="a1111")
+        sampling = from_config(STABLE_DIFFUSION, name, a1111=True)
         assert "stable-diffusion-webui's own" in sampling.note and sampling.note.endswith("it runs as in diffusers")
         assert sampling.levels(5) == from_config(STABLE_DIFFUSION, name).levels(5)
-    listed = from_config(STABLE_DIFFUSION, "euler", profile="a1111", sigmas=(5.0, 1.0))
+    listed = from_config(STABLE_DIFFUSION, "euler", a1111=True, sigmas=(5.0, 1.0))
     assert listed == from_config(STABLE_DIFFUSION, "euler", sigmas=(5.0, 1.0)) or listed.spacing.sigmas == (5.0, 1.0)
-    edm = from_config({"_class_name": "EDMEulerScheduler"}, profile="a1111")
+    edm = from_config({"_class_name": "EDMEulerScheduler"}, a1111=True)
     assert edm.spacing.sigma_grid == "" and not edm.family
     of_v = STABLE_DIFFUSION | {"prediction_type": "v_prediction"}
     assert from_config(of_v).options["prediction"] == "v_prediction"
-    plms = from_config(of_v, "PLMS", profile="a1111")  # it extrapolates the noise, of whatever network
+    plms = from_config(of_v, "PLMS", a1111=True)  # it extrapolates the noise, of whatever network
     assert plms.options == {"skip_prk_steps": True, "prediction": "epsilon"} and plms.family == "compvis"
     assert math.isfinite(plms.levels(9).sigmas[0])
 

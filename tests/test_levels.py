@@ -36,6 +36,7 @@ def test_parts_of_a_run_join() -> None:
     # a boundary on a timestep belongs to the first part: T - 0.201 T = 799
     assert run.part(0, 0.201, 1000).timesteps == (999, 799)
     assert run.part(0.201, 1, 1000).timesteps == (599, 399, 199)
+    assert second.told == {float(SD.sigma(199)): 199.0}
     three = levels(SD, 3, Spacing("trailing"), "ddim")  # 666.3 is rounded to 666, which is then not below it
     assert three.timesteps == (999, 666, 332) and three.part(0, 0.3337, 1000).timesteps == (999, 666)
     assert three.part(0.3337, 1, 1000).timesteps == (332,)

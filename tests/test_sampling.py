@@ -123,6 +123,25 @@ def test_a_schedule_of_words_is_two_runs_joined(pipeline: Pipeline) -> None:
     assert step is not None and torch.equal(step.x, turns[-1].x)
 
 
+@pytest.mark.parametrize("scheduler", ["DDIM", "PLMS"])
+def test_the_words_last_in_runs_that_are_longer_than_was_asked(pipeline: Pipeline, scheduler: str) -> None:
+    """Where the steps do not divide the schedule A1111's own samplers take more: 99 of the stride 1000 // 95 = 10."""
+    how = {"scheduler": scheduler, "profile": "a1111", "num_inference_steps": 95, "guidance_scale": 1.0}
+    first, second = (how | {"prompt": f"a {word} on red"} for word in ("taco", "pizza"))
+    joined = walked(pipeline, resume=walked(pipeline, **first)[47], **second)  # A1111's acts are a step longer
+    changing = walked(pipeline, **how | {"prompt": "a [taco:pizza:47] on red"})
+    assert len(changing) == 99 and torch.equal(changing[-1].x, joined[-1].x)
+
+
+@pytest.mark.parametrize("name", ["EDMEulerScheduler", "FlowMatchEulerDiscreteScheduler"])
+@pytest.mark.parametrize("part", [{"denoising_start": 0.5}, {"denoising_end": 0.5}])
+def test_only_a_table_of_levels_is_shared_between_models(pipeline: Pipeline, name: str, part: dict[str, float]) -> None:
+    there = Pipeline(replace(pipeline.components, scheduler_config={"_class_name": name}))
+    assert there.resolve(Request("an owl", seed=1)).denoising_end == 1
+    with pytest.raises(UsageError, match=r"denoising_start is .* this model has none, so leave both out"):
+        there.resolve(Request("an owl", seed=1, **part))
+
+
 def test_and_adds_the_directions_of_its_parts(pipeline: Pipeline) -> None:
     """Liu et al. 2022: x0 = negative + scale * sum_k weight_k * (part_k - negative), in the first step."""
 

@@ -226,7 +226,7 @@ def test_runs_of_k_diffusion_on_the_levels_of_stable_diffusion_webui(row: dict[s
     config, n = SD15 | {"_class_name": "PNDMScheduler"}, row["n"]
     names = [f"{row['label']} {row['grid']}", *[row["label"]] * row["automatic"]]
     for name in names:
-        sampling = from_config(config, name, profile="a1111")
+        sampling = from_config(config, name, a1111=True)
         run = sampling.levels(n)
         np.testing.assert_allclose(run.sigmas, row["sigmas"], rtol=2e-6)
         assert run.start == run.sigmas[0] and len(run.timesteps) == n

@@ -33,7 +33,7 @@ CLASSES = {  # row -> diffusers' class of that family
 @pytest.mark.parametrize("total", [1000, 1100, 37])
 @pytest.mark.parametrize("name", CLASSES)
 def test_timesteps_and_sigmas_of_many_lengths_equal_diffusers(name: str, total: int) -> None:
-    row, schedule = SCHEDULERS[name], NoiseSchedule.scaled_linear(num_train_timesteps=total)
+    family, schedule = SCHEDULERS[name].family, NoiseSchedule.scaled_linear(num_train_timesteps=total)
     lengths = [n for n in (*range(2, 41), 64, 99, 125, 333, 500, 998) if n < total - 1]
     spacings = (
         ["leading"] if name in ("plms", "lcm") else ["linspace"] if name == "dpm++2s" else ["leading", "trailing"]
@@ -49,7 +49,7 @@ def test_timesteps_and_sigmas_of_many_lengths_equal_diffusers(name: str, total: 
                 continue
             inference = {"original_inference_steps": 50 if total >= 50 else total} if name == "lcm" else {}
             oracle.set_timesteps(n, **inference)
-            ours = row.levels(schedule, n, Spacing(spacing, steps_offset=asked["steps_offset"]))
+            ours = levels(schedule, n, Spacing(spacing, steps_offset=asked["steps_offset"]), family)
             times = np.delete(oracle.timesteps.numpy(), 1) if name == "plms" else oracle.timesteps.numpy()
             if spacing == "trailing" and len(np.arange(total, 0, -total / n)) > n:
                 times = times[:n]  # its arange rounds past 0 here
@@ -122,11 +122,11 @@ def test_ddim_and_plms_of_stable_diffusion_webui(n: int) -> None:
     """timesteps = clip(range(0, 1000, 1000 // n) + 1, 0, 999), from the last to the second; the first ends it."""
     times = np.clip(np.arange(0, 1000, 1000 // n) + 1, 0, 999)[::-1]
     for name in ("DDIM", "PLMS"):
-        run = from_config({"_class_name": "PNDMScheduler", **SD}, name, profile="a1111").levels(n)
+        run = from_config({"_class_name": "PNDMScheduler", **SD}, name, a1111=True).levels(n)
         assert run.timesteps == tuple(times[:-1])
         np.testing.assert_allclose(run.sigmas, SCHEDULE.sigmas[times], rtol=1e-12)
         assert run.start == math.hypot(1, run.sigmas[0])
-    one = from_config({"_class_name": "PNDMScheduler", **SD}, "DDIM", profile="a1111").levels(1)
+    one = from_config({"_class_name": "PNDMScheduler", **SD}, "DDIM", a1111=True).levels(1)
     assert one.timesteps == (999,)  # there, none
 
 

@@ -449,7 +449,7 @@ def test_a_plain_script_is_the_encoding(sd1, xl) -> None:
             assert until == STEPS and torch.equal(said.context, expected.context)
             assert said.pooled is None if encoder is sd1 else torch.equal(said.pooled, expected.pooled)
             assert found.weights == ((1.0,) * 4,) and found.tokens == (77,) * len(texts)
-            assert found.guiding is guiding and found.notes == ()
+            assert found.guiding is guiding
 
 
 def test_acts_of_all_prompts_are_joined_and_each_text_is_read_once(sd1) -> None:
@@ -559,17 +559,19 @@ def test_literal_prompts_have_no_syntax_and_one_window(sd1) -> None:
     for how in ({"literal": True}, {"profile": "diffusers"}):
         found = told(sd1, prompt, "(bad:2)", **how)
         ((_, said),) = found.acts
-        assert torch.equal(said.context, sd1(["(bad:2)", prompt]).context) and found.notes == ()
-        long = told(sd1, CAT * 75 + "and dogs", CAT * 76, **how)
+        assert torch.equal(said.context, sd1(["(bad:2)", prompt]).context)
+        order = Request(prompt, negative_prompt="(bad:2)", num_inference_steps=STEPS, **how)
+        assert unheard(sd1, order) == ()
+        order = replace(order, prompt=CAT * 75 + "and dogs", negative_prompt=CAT * 76)
+        long = told(sd1, order.prompt, order.negative_prompt, **how)
         assert torch.equal(long.acts[0][1].context, sd1([CAT * 75, CAT * 75]).context)
-        assert long.notes == tuple(
+        assert unheard(sd1, order) == tuple(
             f"the prompt is longer than the encoder's 75 tokens; not read: {lost!r}" for lost in ("cat", "and dogs")
         )
 
 
 def test_what_is_read_otherwise_than_it_may_seem_is_said(sd1, encoders) -> None:
     order = Request(prompt=("a wall, 16:9", CAT * 100), num_inference_steps=STEPS)
-    assert unheard(sd1, order) == told(sd1, order.prompt).notes
     (note,) = unheard(sd1, order)
     assert "'a wall, 16:9'" in note and "weight, 9" in note and "comma" in note
     assert unheard(sd1, replace(order, prompt="a wall, 16:9,")) == ()

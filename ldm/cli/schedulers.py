@@ -121,7 +121,9 @@ def plot_levels(path: Path, steps: int, model: Path | None) -> None:
     from ldm.sources import model_in_the_box
 
     config = read_json((model or model_in_the_box()) / SCHEDULER)
-    runs = {name: from_config(config, name) for name in SCHEDULERS if steps <= 50 or name not in ("lcm", "tcd")}
+    runs = {
+        name: from_config(config, name) for name, row in SCHEDULERS.items() if steps <= 50 or row.family != "distilled"
+    }
     runs |= {f"grid {name}": from_config(config, "euler", schedule_type=name) for name in GRIDS}
     alike: dict[tuple[tuple[int, float], ...], list[str]] = {}
     for name, sampling in runs.items():

@@ -42,6 +42,11 @@ class Levels(NamedTuple):
     timesteps: tuple[float, ...]
     start: float
 
+    @property
+    def told(self) -> dict[float, float]:
+        """The level of each step -> what the network is told there."""
+        return dict(zip(self.sigmas[:-1], self.timesteps, strict=True))
+
     def part(self, start: float, end: float, num_train_timesteps: int) -> "Levels":
         """The steps from `start` to `end`, shares in 0..1 of the way down: those whose timestep is below
         T - start T and not below T - end T, as diffusers' SDXL pipelines share a run between base and refiner.

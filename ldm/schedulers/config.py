@@ -10,15 +10,13 @@ from ldm.diffusion.grids import GRIDS, find_grid
 from ldm.diffusion.guidance import bounded, clipped, thresholded
 from ldm.diffusion.prediction import FLOW, PREDICTIONS, Denoiser, Prediction, edm
 from ldm.diffusion.schedule import VARIANCES, NoiseSchedule
-from ldm.diffusion.spacing import SPACINGS, Levels, Schedule, Spacing
-from ldm.errors import ModelError, UsageError, choose
+from ldm.diffusion.spacing import SPACINGS, Levels, Schedule, Spacing, levels
+from ldm.errors import ModelError, UsageError
 from ldm.schedulers.solver import Solver
 from ldm.schedulers.table import SCHEDULERS, Option, Scheduler, find
 
 EDM = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 FLOW_MATCH = "FlowMatchEulerDiscreteScheduler"
-PROFILES = ("diffusers", "a1111")
-BY_SLOPES = ("plms", "lms", "heun", "dpm2", "dpm2_a", "deis", "dpm_solver", "dpm_solver_sde")
 
 _BOOLS = (False, True, None)
 _ANY = None
@@ -97,8 +95,7 @@ class Sampling:
 
     def levels(self, n: int) -> Levels:
         """The levels of a run of n steps. UsageError: they do not fit."""
-        row = replace(self.scheduler, family=self.family or self.scheduler.family)
-        run = row.levels(self.schedule, n + self.discards, self.spacing)
+        run = levels(self.schedule, n + self.discards, self.spacing, self.family or self.scheduler.family)
         if self.discards:
             run = Levels((*run.sigmas[:-2], run.sigmas[-1]), run.timesteps[:-1], run.start)
         return run
@@ -117,8 +114,7 @@ class Sampling:
         elif self.clip is not None:
             denoise = clipped(denoise, self.clip)
         if self.boundary is not None:
-            times = dict(zip(levels.sigmas, levels.timesteps, strict=False))
-            denoise = bounded(denoise, times, self.boundary)
+            denoise = bounded(denoise, levels.told, self.boundary)
         return denoise
 
     def t(self, sigma: float) -> float:
@@ -135,7 +131,7 @@ def from_config(
     scheduler: str | None = None,
     *,
     schedule_type: str | None = None,
-    profile: str | None = None,
+    a1111: bool = False,
     timesteps: tuple[float, ...] = (),
     sigmas: tuple[float, ...] = (),
     xl: bool = False,
@@ -144,28 +140,26 @@ def from_config(
 
     scheduler: the name (see `find`) of another scheduler than the file's to sample with; as in diffusers it keeps the
     file's spacing, offset, grid and final level where it has such fields, and its own defaults elsewhere.
-    schedule_type: a grid (ldm.diffusion.grids) or a spacing in place of the file's; "automatic" is as None. profile:
-    "a1111" lays the levels out as k-diffusion does under stable-diffusion-webui. timesteps, sigmas: the run's own, as
-    of Spacing. xl: whether the network is SDXL's.
+    schedule_type: a grid (ldm.diffusion.grids) or a spacing in place of the file's; "automatic" is as None. a1111:
+    levels are laid out as k-diffusion does under stable-diffusion-webui. timesteps, sigmas: the run's own, as of
+    Spacing. xl: whether the network is SDXL's.
 
     ModelError, naming the field: an unknown class or field; a value whose meaning we would compute differently, or of
     the wrong type; epsilon prediction with zero terminal SNR, which no sampler can begin from. UsageError: an unknown
-    scheduler, schedule_type, profile or beta_schedule, or a grid that this scheduler cannot use.
+    scheduler, schedule_type or beta_schedule, or a grid that this scheduler cannot use.
     """
     theirs = _class_of(config)
+    config = _filled(config, theirs)
     row, asked = find(scheduler) if scheduler else (_own_row(config, theirs), "")
-    config = _DEFAULTS.get(theirs, {}) | {k: v for k, v in config.items() if v is not None}
     schedule, prediction, kind = _network(config, theirs)
-    if profile is not None:
-        choose("profile", profile, PROFILES)
     wanted = asked if schedule_type is None or schedule_type.lower() == "automatic" else schedule_type
-    spacing = replace(_spacing(config, row, own=theirs in row.classes), timesteps=timesteps, sigmas=sigmas, xl=xl)
+    spacing = replace(_spacing(config, row), timesteps=timesteps, sigmas=sigmas, xl=xl)
     if wanted in SPACINGS:
         spacing = replace(spacing, timestep_spacing=wanted, sigma_grid="")
     elif wanted:
         spacing = replace(spacing, sigma_grid=find_grid(wanted).name)
-    if isinstance(schedule, FlowSchedule) and row.name in BY_SLOPES:
-        others = ", ".join(name for name in SCHEDULERS if name not in BY_SLOPES)
+    if isinstance(schedule, FlowSchedule) and row.by_slopes:
+        others = ", ".join(name for name, other in SCHEDULERS.items() if not other.by_slopes)
         raise UsageError(
             f"{row.name} goes along slopes of x by sigma, which of a flow-matching model begins at infinity, where "
             f"float32 has no digits left for them; use one of {others}"
@@ -176,10 +170,10 @@ def from_config(
             "leave the schedule type out, or choose another scheduler"
         )
     sampling = Sampling(
-        row, schedule, prediction, kind, spacing, _options(config, row, theirs, prediction), noise=row.noise,
+        row, schedule, prediction, kind, spacing, _options(config, row, prediction), noise=row.noise,
         clip=_clip(config, row), threshold=_threshold(config, row), boundary=_boundary(config, row, schedule),
     )  # fmt: skip
-    return _as_a1111(sampling, wanted) if profile == "a1111" else sampling
+    return _as_a1111(sampling, wanted) if a1111 else sampling
 
 
 def network_of(config: Mapping[str, Any]) -> tuple[NoiseSchedule, str]:
@@ -189,7 +183,7 @@ def network_of(config: Mapping[str, Any]) -> tuple[NoiseSchedule, str]:
     (EDM, flow matching).
     """
     theirs = _class_of(config)
-    schedule, prediction, _ = _network(_DEFAULTS.get(theirs, {}) | dict(config), theirs)
+    schedule, prediction, _ = _network(_filled(config, theirs), theirs)
     if not isinstance(schedule, NoiseSchedule):
         raise ModelError(f"the scheduler config has _class_name {theirs}: a network without a table of noise levels")
     return schedule, prediction
@@ -220,9 +214,13 @@ def _class_of(config: Mapping[str, Any]) -> str:
     return theirs
 
 
+def _filled(config: Mapping[str, Any], theirs: str) -> dict[str, Any]:
+    """The config with its class's defaults where it does not say; None says nothing."""
+    return _DEFAULTS.get(theirs, {}) | {name: value for name, value in config.items() if value is not None}
+
+
 def _own_row(config: Mapping[str, Any], theirs: str) -> Scheduler:
     """The row of the config's class, and of what else tells rows of one class apart."""
-    config = _DEFAULTS.get(theirs, {}) | {k: v for k, v in config.items() if v is not None}
     if config.get("stochastic_sampling"):
         return SCHEDULERS["lcm"]
     rows = [row for row in SCHEDULERS.values() if theirs in row.classes]
@@ -265,8 +263,8 @@ def _one_of(config: Mapping[str, Any], field: str, allowed: tuple[Any, ...]) -> 
         )
 
 
-def _spacing(config: Mapping[str, Any], row: Scheduler, own: bool) -> Spacing:
-    """The file's spacing, where the row's class has such fields; the ancestral ones and DDIM's have no grids."""
+def _spacing(config: Mapping[str, Any], row: Scheduler) -> Spacing:
+    """The file's spacing, in what the row's class reads of it."""
     spacing = replace(
         row.spacing,
         timestep_spacing=config.get("timestep_spacing", row.spacing.timestep_spacing),
@@ -276,11 +274,11 @@ def _spacing(config: Mapping[str, Any], row: Scheduler, own: bool) -> Spacing:
     grids = [name for name, grid in GRIDS.items() if grid.field and config.get(grid.field)]
     if len(grids) > 1:
         raise ModelError(f"the scheduler config asks for the grids {', '.join(grids)} at once; it must be one of them")
-    if grids and row.family not in ("ddim", "distilled") and row.name != "euler_a":
+    if grids and "grids" in row.reads:
         spacing = replace(spacing, sigma_grid=grids[0])
-    if row.family == "ddim" and row.name != "ddpm" and not config.get("set_alpha_to_one", True):
+    if "set_alpha_to_one" in row.reads and not config.get("set_alpha_to_one", True):
         spacing = replace(spacing, final_sigmas_type="sigma_min")
-    if (row.family == "dpm_solver" and row.name != "deis") or row.family == "dpm_single" or row.name == "euler":
+    if "final_sigmas_type" in row.reads:
         spacing = replace(spacing, final_sigmas_type=config.get("final_sigmas_type", "zero"))
     return spacing
 
@@ -291,7 +289,7 @@ def _translated(config: Mapping[str, Any], row: Scheduler, name: str) -> Any:
     return same.get(name, {}).get(value, value) if isinstance(value, str) else value
 
 
-def _options(config: Mapping[str, Any], row: Scheduler, theirs: str, prediction: str) -> dict[str, Option]:
+def _options(config: Mapping[str, Any], row: Scheduler, prediction: str) -> dict[str, Option]:
     """The file's values of the row's options, but for what makes it this row."""
     options: dict[str, Option] = {}
     for name in row.options:
@@ -304,14 +302,14 @@ def _options(config: Mapping[str, Any], row: Scheduler, theirs: str, prediction:
 
 
 def _clip(config: Mapping[str, Any], row: Scheduler) -> float | None:
-    if not config.get("clip_sample") or (row.family != "ddim" and row.name not in ("heun", "lcm")):
+    if not config.get("clip_sample") or "clip_sample" not in row.reads:
         return None
     _refuse_for_ddim(row, "clip_sample")
     return float(config.get("clip_sample_range", 1.0))
 
 
 def _threshold(config: Mapping[str, Any], row: Scheduler) -> tuple[float, float] | None:
-    if not config.get("thresholding") or row.family in ("euler", "kdpm2") or row.name in ("plms", "tcd"):
+    if not config.get("thresholding") or "thresholding" not in row.reads:
         return None
     if "predict_x0" in row.options and not config.get("predict_x0", True):
         return None  # as in diffusers, where the noise is not cut
@@ -348,7 +346,5 @@ def _as_a1111(sampling: Sampling, wanted: str) -> Sampling:
     grid = find_grid(wanted if wanted and wanted not in SPACINGS else row.a1111_grid).name
     spacing = replace(sampling.spacing, sigma_grid=grid, final_sigmas_type="zero")
     options = sampling.options | ({"lower_order_final": False} if "lower_order_final" in row.options else {})
-    brownian = "brownian" if row.name.endswith("sde") or "_sde" in row.name else row.noise
-    return replace(
-        sampling, spacing=spacing, family="k_diffusion", options=options, noise=brownian, discards=row.discards
-    )
+    noise = "brownian" if row.fixed.get("algorithm_type") == "sde-dpmsolver++" else row.noise
+    return replace(sampling, spacing=spacing, family="k_diffusion", options=options, noise=noise, discards=row.discards)
