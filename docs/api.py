@@ -87,6 +87,26 @@ SECTIONS: tuple[tuple[str, str, tuple[tuple[str, tuple[str, ...]], ...]], ...] =
         (("ldm.prompts", ("expand", "matrix", "read_prompts", "read_wildcards")),),
     ),
     (
+        "Adapters",
+        "LoRA and its relatives: their files, how strong they are, new ones from old; [with examples](adapters.md).",
+        (
+            ("ldm.adapters.adapter", ("Adapter", "Layer")),
+            ("ldm.adapters.strength", ("Strength",)),
+            ("ldm.adapters.names", ("book_of",)),
+            ("ldm.adapters.reading", ("read_adapter", "Read")),
+            ("ldm.adapters.matching", ("fit",)),
+            ("ldm.adapters.writing", ("write_adapter",)),
+            ("ldm.adapters.kinds", ("delta",)),
+            ("ldm.adapters.tools", ("as_lora", "resize", "extract", "combine", "Keep", "Fitted")),
+            ("ldm.lora", ("LoRA",)),
+        ),
+    ),
+    (
+        "Merging models",
+        "One model of several; [with examples](merging.md).",
+        (("ldm.merging", ("mixture", "merge", "summary", "Mix")),),
+    ),
+    (
         "Models and files",
         "The networks, and folders in diffusers' layout.",
         (

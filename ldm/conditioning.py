@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ldm.adapters.strength import tags
 from ldm.checkpoints.components import Components
 from ldm.errors import UsageError
 from ldm.request import Request
@@ -129,35 +130,31 @@ class _Reader:
         return self.filled[id(said), tokens]
 
 
-def _literal(order: Request) -> bool:
-    return order.literal or order.profile == "diffusers"
+def _parts(prompt: str, plain: bool) -> tuple[tuple[str, float], ...]:
+    return ((prompt, 1.0),) if plain else composed(tags(prompt)[0])
 
 
-def _parts(prompt: str, literal: bool) -> tuple[tuple[str, float], ...]:
-    return ((prompt, 1.0),) if literal else composed(prompt)
-
-
-def _scenes(text: str, steps: int, literal: bool) -> tuple[tuple[int, str], ...]:
-    return ((steps, text),) if literal else acts(text, steps)
+def _scenes(text: str, steps: int, plain: bool) -> tuple[tuple[int, str], ...]:
+    return ((steps, text),) if plain else acts(text, steps)
 
 
 def unheard(encoder: AnyEncoder, order: Request) -> tuple[str, ...]:
     """What of a resolved request's prompts is not heard, or otherwise than it may seem; a sentence each, and no network
     is run. Errors of the prompts as of `script`.
     """
-    literal, steps = _literal(order), order.num_inference_steps
+    plain, steps = order.plain, order.num_inference_steps
     assert steps
     notes = list(layers_left_out(encoder, order.clip_skip, order.profile)[2])
     texts = list(order.negative_prompts)
     for prompt in order.prompts:
-        said = _parts(prompt, literal)
+        said = _parts(prompt, plain)
         texts += [text for text, _ in said]
         if len(said) == 1 and said[0][1] != 1:
             end = f"the end of the prompt, {prompt[-20:]!r}, was read as its weight, {said[0][1]:g}"
             notes.append(f"{end}; if it is text, put a comma behind it")
-    if literal or isinstance(encoder, TransformersText):  # one window
-        for words in dict.fromkeys(words for text in texts for _, words in _scenes(text, steps, literal)):
-            lost = " ".join(encoder.dropped([words if literal else joined(weighted(words))])[0])
+    if plain or isinstance(encoder, TransformersText):  # one window
+        for words in dict.fromkeys(words for text in texts for _, words in _scenes(text, steps, plain)):
+            lost = " ".join(encoder.dropped([words if plain else joined(weighted(words))])[0])
             if lost:
                 shown = lost if len(lost) <= 300 else f"{lost[:300]} ..."
                 notes.append(f"the prompt is longer than the encoder's {encoder.room} tokens; not read: {shown!r}")
@@ -183,7 +180,7 @@ def script(
     assert steps
     skip, skip_negative, _ = layers_left_out(encoder, order.clip_skip, order.profile)
     # A1111 goes on to the next act a step later than it documents: it compares steps counted from 0 with <=
-    reader = _Reader(encoder, steps, _literal(order), late=int(order.profile == "a1111"))
+    reader = _Reader(encoder, steps, order.plain, late=int(order.profile == "a1111"))
     if given:
         prompts = [[voice] for voice in _ready(c, given, steps, skip)]
     else:

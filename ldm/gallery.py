@@ -111,6 +111,12 @@ def _found(path: Path) -> "tuple[Mapping[str, Any], Recipe | None, Sequence[str]
     return found.request, found.recipe, found.notes, parameters
 
 
+def _adapter(row: Mapping[str, Any]) -> str:
+    """An adapter of a recipe: its name, its kind and how strong it was."""
+    kind = str(row.get("type", "adapter")).replace("_", " ")
+    return " ".join(filter(None, (str(row.get("name", "unnamed")), f"({kind})", str(row.get("strength", "")))))
+
+
 def rows_of(
     request: Mapping[str, Any], recipe: "Recipe | None" = None, notes: Sequence[str] = ()
 ) -> tuple[tuple[str, str], ...]:
@@ -121,7 +127,7 @@ def rows_of(
         rows += [
             ("Model", recipe.model),
             ("Weights", "\n".join(f"{name} {digest[:10]}" for name, digest in digests)),
-            *(("Adapter", str(adapter.get("name", "unnamed"))) for adapter in recipe.adapters),
+            *([("Adapters", "\n".join(map(_adapter, recipe.adapters)))] if recipe.adapters else []),
             ("Drawn on", f"{recipe.device}, {recipe.dtype}"),
             ("Versions", "\n".join(f"{name} {version}" for name, version in versions)),
         ]

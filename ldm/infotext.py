@@ -22,14 +22,15 @@ RNG = {"cpu": "CPU", "gpu": "NV"}  # NV: a GPU's numbers without one; absent, A1
 BRACKETS = re.compile(r"[()\[\]]")  # with which A1111 writes weights and schedules
 
 ORDER = ("Steps", "Sampler", "Schedule type", "CFG scale", "Seed", "Size", "Model hash", "Model", "Variation seed",
-         "Variation seed strength", "Clip skip", "ENSD", "RNG", "Emphasis", "Eta", "Eta DDIM", "Profile",
-         "Version")  # fmt: skip
+         "Variation seed strength", "Clip skip", "ENSD", "RNG", "Emphasis", "Eta", "Eta DDIM", "Lora hashes",
+         "Profile", "Version")  # fmt: skip
 FEWEST_KEYS = 3  # in the last line, for it to count
 # A1111's `\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)`, which takes the square of the length where words
 # have no colon after them. This takes such words too, without a value, and so never goes back.
 PAIR = re.compile(r'(\w[\w \-/]+)(?::\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$))?')
 SIZE = re.compile(r"(\d+)x(\d+)", re.ASCII)
-NETWORK = re.compile(r"<(?:lora|lyco|hypernet):[^<>]{1,200}>")
+NETWORK = re.compile(r"<hypernet:[^<>]{1,200}>")
+ADAPTER = re.compile(r"<(?:lora|lyco):([^:<>]{1,200})[^<>]{0,1000}>")
 CARRIED = {  # A1111's number -> field; of the others ORDER tells which are understood
     "Steps": "num_inference_steps", "CFG scale": "guidance_scale", "Seed": "seed", "Size-1": "width",
     "Size-2": "height", "Clip skip": "clip_skip", "Variation seed": "variation_seed",
@@ -157,7 +158,7 @@ def request_fields(text: str) -> tuple[dict[str, Any], list[str]]:
     known = {"Prompt", "Negative prompt", *ORDER, *CARRIED}
     if lost := [key for key in found if key not in known or (key == "Profile" and not ours)]:
         notes.append(f"not carried over: {_listed(lost)}")
-    notes += _network_note(found["Prompt"])
+    notes += _network_notes(found["Prompt"], found.get("Lora hashes", ""))
     return _valid(fields, notes), notes
 
 
@@ -235,7 +236,7 @@ def comfy_fields(prompt_json: str) -> tuple[dict[str, Any], list[str]]:
             fields["clip_skip"] = skipped
     if inputs.get("denoise", 1) != 1 or inputs.get("add_noise", "enable") != "enable":
         notes.append("its latents did not begin as noise alone, which was not carried over")
-    notes += _comfy_words(fields) + _comfy_model(graph, inputs) + _network_note(fields["prompt"] or "")
+    notes += _comfy_words(fields) + _comfy_model(graph, inputs) + _network_notes(fields["prompt"] or "")
     return _valid({name: value for name, value in fields.items() if value is not None}, notes), notes
 
 
@@ -258,9 +259,18 @@ def _model_note(name: str | None, digest: str | None) -> list[str]:
     return [f"it was made with the model {brief(name or 'unnamed')}" + (f", hash {brief(digest)}" if digest else "")]
 
 
-def _network_note(prompt: str) -> list[str]:
+def _network_notes(prompt: str, hashes: str = "") -> list[str]:
+    """Notes on the adapters that a prompt names, which stay in it, and on other networks. hashes: A1111's "Lora
+    hashes", "name: hash, name: hash".
+    """
+    known = dict.fromkeys((name.strip().replace(",", "") for name in ADAPTER.findall(prompt)), "")
+    known |= {name.strip(): digest.strip() for name, _, digest in (pair.rpartition(":") for pair in hashes.split(","))}
+    known.pop("", None)
+    shown = [f"{name} (hash {digest})" if digest else name for name, digest in known.items()]
+    adapters = f"it was made with the adapters {_listed(shown)}; give their files with --lora or their --lora-dir"
     found = NETWORK.findall(prompt)
-    return [f"the prompt calls for networks that are not loaded: {_listed(found)}"] if found else []
+    others = f"the prompt calls for networks that are not loaded: {_listed(found)}"
+    return [adapters] * bool(shown) + [others] * bool(found)
 
 
 def _valid(fields: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:

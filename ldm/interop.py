@@ -117,14 +117,19 @@ def to_diffusers(pipeline: Pipeline) -> Any:
     """The pipeline of diffusers that has the parts of this one: what its class `components.pipeline` names.
 
     Networks share their tensors; the scheduler is that of the model's scheduler_config, or the one of `with_scheduler`.
-    Learned words are in the tokenizers and text encoders. UsageError: diffusers is not installed, or the model has a
-    refiner, which diffusers holds as a pipeline of its own.
+    Learned words are in the tokenizers and text encoders. UsageError: diffusers is not installed, adapters are loaded,
+    or the model has a refiner, which diffusers holds as a pipeline of its own.
     """
     diffusers, c = _diffusers(), pipeline.components
     if pipeline.refiner:
         raise UsageError(
             "the model has a refiner, which diffusers holds as a pipeline of its own; give Pipeline(model.components) "
             "and model.refiner one after the other"
+        )
+    if c.weights.loaded:
+        raise UsageError(
+            f"the model has adapters in its weights ({', '.join(c.weights.loaded)}); take them out with unload_lora(), "
+            "or save the model and open that"
         )
     parts: dict[str, Any] = {name: _given(network) for name, network in c.networks.items()}
     for name, tokenizer in c.tokenizers.items():

@@ -4,7 +4,7 @@ B images, C latent channels, H W latent height and width, T tokens, D text width
 """
 
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,9 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm import loras
+from ldm.adapters.strength import Strength
+from ldm.adapters.weights import at
 from ldm.checkpoints.components import Components
 from ldm.checkpoints.folder import save_folder
 from ldm.checkpoints.safe import file_sha256
+from ldm.checkpoints.single_file import open_single_file, save_single_file
 from ldm.conditioning import AnyEncoder, encoder_of, script, sizes, unheard
 from ldm.decoding import decoded
 from ldm.errors import ModelError, UsageError
@@ -24,6 +28,7 @@ from ldm.models.tiny_vae import AutoencoderTiny
 from ldm.models.unet import UNet
 from ldm.models.vae import AutoencoderKL
 from ldm.noise import Generator, generators
+from ldm.prompts import untagged
 from ldm.refusals import refuse_unfit
 from ldm.request import MOST_IMAGES, Request, make_request
 from ldm.runtime import decoding_types, latent_sides, refuse_if_too_large, resolve_device, resolve_dtype
@@ -59,10 +64,10 @@ class Pipeline:
 
     def __init__(self, components: Components, refiner: "Pipeline | None" = None) -> None:
         self.components, self.refiner = components, refiner
-        self.adapters: tuple[dict[str, Any], ...] = ()  # what was loaded beside the model, for recipes
-        self.unet: UNet = components.unet
+        self.embeddings: tuple[dict[str, Any], ...] = ()  # the learned words that were loaded, for recipes
+        self.lora_dir: Path | None = None  # where <lora:NAME> in a prompt finds NAME.safetensors
         self.vae: AutoencoderKL | AutoencoderTiny = components.vae
-        self.text_encoder: AnyEncoder = encoder_of(components)
+        self._encoder: AnyEncoder = encoder_of(components)
         self.sampler: Callable[[Request], Sampling | None] | None = None  # of ldm.interop: asked first how to sample
         self.schedule = self.sampling().schedule
         if refiner and refiner.vae.config.latent_channels != self.vae.config.latent_channels:
@@ -122,8 +127,6 @@ class Pipeline:
         prediction_type: "epsilon" or "v_prediction", where the file does not say. ema: take the averaged weights that
         it also holds. vae: another autoencoder, a file or folder, also a TAESD. Others and errors as `from_pretrained`.
         """
-        from ldm.checkpoints.single_file import open_single_file
-
         where = resolve_device(device)
         kind = resolve_dtype(dtype, where)
         return cls(
@@ -139,38 +142,87 @@ class Pipeline:
         ldm.text.inversion; nothing has then changed.
         """
         embedding = read_embedding(path, allow_pickle)
+        self.components.weights.bare()
         attach(self.components, embedding, token)
-        self.text_encoder = encoder_of(self.components)
+        self._encoder = encoder_of(self.components)
         word = token or embedding.name
-        self.adapters += ({"type": "textual_inversion", "name": word, "sha256": file_sha256(Path(path))},)
+        self.embeddings += ({"type": "textual_inversion", "name": word, "sha256": file_sha256(Path(path))},)
         return word
+
+    def load_lora(
+        self,
+        path: str | Path,
+        scale: float | str | Mapping[str, float | str] | Strength = 1.0,
+        name: str | None = None,
+        *,
+        partial: bool = False,
+        allow_pickle: bool = False,
+    ) -> str:
+        """Load a LoRA, or another adapter, of any tool; returns its name, by default the file's without its ending.
+
+        scale: how strong it is, everywhere, or by place and time as ldm.adapters.strength writes it: "0.8",
+        "te=0.5:unet=1", "0@0,1@0.5", "mid_block=0", {"text": 0.5, "down_blocks.2": 0}. Several add up; one of the same
+        name is replaced. In a prompt, <lora:NAME:SCALE> says another scale. partial: take what fits of one that does
+        not fit as a whole. ModelError: it is no adapter, damaged, or for another model; nothing has then changed.
+        """
+        return loras.load(self.components, Path(path), Strength.of(scale), name, partial, allow_pickle)
+
+    def set_lora(self, name: str, scale: float | str | Mapping[str, float | str] | Strength) -> None:
+        """Say how strong a loaded adapter is from now on. scale: as in `load_lora`. UsageError: none of that name."""
+        self.components.weights.set(name, Strength.of(scale))
+
+    def unload_lora(self, name: str | None = None) -> None:
+        """Take an adapter out, or all of them; the weights are then, to the last bit, as if it had never been there.
+        UsageError: none of that name.
+        """
+        self.components.weights.unload(name)
+
+    def adapters_of(self, request: Request) -> tuple[dict[str, Any], ...]:
+        """What a recipe says of the learned words and adapters that a request is drawn with."""
+        return (*self.embeddings, *loras.rows(self.components, request))
 
     def save_pretrained(
         self, path: str | Path, *, dtype: str | torch.dtype | None = None, max_shard_size: int | str = "5GB"
     ) -> None:
-        """Write a model folder, whole or not at all, that this class and stock diffusers open. dtype: of the files;
-        default the model's. max_shard_size: of one weights file, in bytes or as "300MB".
+        """Write a model folder, whole or not at all, that this class and stock diffusers open. What adapters add is in
+        it. dtype: of the files; default the model's. max_shard_size: of one weights file, in bytes or as "300MB".
         """
+        self.components.weights.rest()
         kind = None if dtype is None else resolve_dtype(dtype, self.device)
         save_folder(self.components, path, kind, max_shard_size=max_shard_size)
 
     def save_single_file(self, path: str | Path, *, dtype: str | torch.dtype | None = None) -> None:
-        """Write a checkpoint in one file with the keys that other tools expect. dtype: of the file; default the
-        model's.
+        """Write a checkpoint in one file with the keys that other tools expect. What adapters add is in it. dtype: of
+        the file; default the model's.
         """
-        from ldm.checkpoints.single_file import save_single_file
-
+        self.components.weights.rest()
         save_single_file(self.components, path, None if dtype is None else resolve_dtype(dtype, self.device))
+
+    @property
+    def unet(self) -> UNet:
+        """The denoiser, with the adapters that are loaded."""
+        self.components.weights.rest()
+        return self.components.unet
+
+    @property
+    def text_encoder(self) -> AnyEncoder:
+        """The text encoder with its tokenizer, with the adapters that are loaded."""
+        self.components.weights.rest()
+        return self._encoder
+
+    @text_encoder.setter
+    def text_encoder(self, encoder: AnyEncoder) -> None:
+        self._encoder = encoder
 
     @property
     def device(self) -> torch.device:
         """Where the networks are."""
-        return self.unet.conv_in.weight.device
+        return self.components.unet.conv_in.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The U-Net's type; the state of a run is float32 in any case."""
-        return self.unet.conv_in.weight.dtype
+        return self.components.unet.conv_in.weight.dtype
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -187,6 +239,7 @@ class Pipeline:
     def to(self, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> "Pipeline":
         """Move the networks, or change their type; returns self."""
         where = self.device if device is None else resolve_device(device)
+        self.components.weights.bare()
         for model in self.components.networks.values():
             model.to(where, self.dtype if dtype is None else resolve_dtype(dtype, where))
         if self.refiner:
@@ -227,15 +280,14 @@ class Pipeline:
         said = self.remarks(order)
         if order.output_type == "latent":
             return Result(final, seeds, order, final, notes=said)
-        assert order.height and order.width
-        images, flags, notes = self.shown(final, (order.height, order.width))
+        images, flags, notes = self.shown(final, (order.height or 0, order.width or 0))
         return Result(of_type(images, order.output_type), seeds, order, final, flags, (*said, *notes))
 
     def resolve(self, request: Request, given: Conditioning | None = None) -> Request:
         """The request with every open choice made: the model's defaults, the size, the seeds (drawn if there are
         none). UsageError where it cannot be drawn.
         """
-        side = self.unet.config.sample_size * self.vae.config.factor
+        side = self.components.unet.config.sample_size * self.vae.config.factor
         sampling = self.sampling(request)
         known: dict[str, Any] = XL_FALLBACKS if self.components.is_xl else FALLBACKS
         known = {"height": side, "width": side, **known, **self.components.generation}
@@ -248,12 +300,13 @@ class Pipeline:
         chosen |= {"schedule_type": sampling.spacing.sigma_grid or request.schedule_type}
         chosen |= {"num_inference_steps": steps_of(sampling, request, known["num_inference_steps"])}
         order = replace(request, **chosen)
+        loras.fetch(self.components, order, self.lora_dir)
         refuse_unfit(self.components, sampling, order)
         return replace(order, seed=order.seeds(count), variation_seed=order.variation_seeds(count))
 
     def remarks(self, request: Request) -> tuple[str, ...]:
         """What a resolved request asks that will not be heeded, or otherwise than it may seem; a sentence each."""
-        said = unheard(self.text_encoder, request) if request.prompts else ()
+        said = unheard(self._encoder, request) if request.prompts else ()
         return (*filter(None, [self.sampling(request).note]), *said)
 
     def count(self, request: Request, given: Conditioning | None = None) -> int:
@@ -295,7 +348,7 @@ class Pipeline:
             for step in first.steps(latents, resume):
                 yield step
         assert step is not None
-        rest = self.refiner.resolve(replace(order, denoising_start=order.refiner_start, clip_skip=None))
+        rest = self.refiner.resolve(replace(untagged(order), denoising_start=order.refiner_start, clip_skip=None))
         later = replace(step, index=step.index - count) if step.index >= count else None
         for end in self.refiner.run(rest, draws).steps(step.latents, later):  # the noise reads on
             yield replace(end, index=count + end.index)
@@ -309,20 +362,22 @@ class Pipeline:
     ) -> Run:
         """A run of a resolved request by this model alone: prompt -> embeddings, and what else it is made of."""
         assert order.height and order.width and order.guidance_scale is not None
-        images, vae = len(draws), self.vae.config
+        c, images, vae = self.components, len(draws), self.vae.config
         at_once = images if self.device.type == "cuda" else 1
-        refuse_if_too_large(self.unet, self.vae, order.height, order.width, at_once, images)
-        said = script(self.components, self.text_encoder, order, order.guidance_scale != 1, given, negative)
+        refuse_if_too_large(c.unet, self.vae, order.height, order.width, at_once, images)
+        cast = loras.cast_of(c, order)
+        with c.weights.using(at(cast)):
+            said = script(c, self._encoder, order, order.guidance_scale != 1, given, negative)
         shape = (vae.latent_channels, *latent_sides(order.height, order.width, vae.factor))
-        told = sizes(self.components, order, images, said.guiding, len(said.weights))
-        return Run(self.unet, self.sampling(order), order, shape, said, told, draws)
+        told = sizes(c, order, images, said.guiding, len(said.weights))
+        return Run(c.unet, self.sampling(order), order, shape, said, told, draws, c.weights, cast)
 
     @torch.inference_mode()
     def decode(self, latents: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """Latents [B, C, H, W] -> images [B, 3, fH, fW], about [-1, 1], float32. size: (height, width) in pixels of
         the upper left part that is kept. NumericalError: images that are not finite in any type.
         """
-        return decoded(self.vae, latents, decoding_types(self.unet, self.vae), size)[0]
+        return decoded(self.vae, latents, decoding_types(self.components.unet, self.vae), size)[0]
 
     @torch.inference_mode()
     def shown(
@@ -331,7 +386,7 @@ class Pipeline:
         """Latents -> images [B, 3, H, W] as `decode`, but black where the model's safety checker flags them, its
         verdicts (none where there is no checker), and notes for the user.
         """
-        images, notes = decoded(self.vae, latents, decoding_types(self.unet, self.vae), size)
+        images, notes = decoded(self.vae, latents, decoding_types(self.components.unet, self.vae), size)
         checker = self.components.safety_checker
         flags = flagged(checker, to_pil(images)) if checker else ()
         for i in (i for i, flag in enumerate(flags) if flag):

@@ -11,13 +11,14 @@ import random
 import re
 from bisect import bisect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from difflib import get_close_matches
 from itertools import accumulate
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
+from ldm.adapters.strength import Tag, tags
 from ldm.errors import UsageError, choose
 from ldm.request import Request
 
@@ -52,6 +53,20 @@ class _Braces(NamedTuple):
 
 
 _Pieces = list[str | _List | _Braces]
+
+
+def asked(order: Request) -> list[tuple[Tag, ...]]:
+    """What each prompt of a request says of adapters. UsageError: a faulty tag, or one in a negative prompt."""
+    if order.plain:
+        return []
+    if any(tags(text)[1] for text in order.negative_prompts):
+        raise UsageError("a negative prompt names an adapter, which works on the whole picture; put it in the prompt")
+    return [tags(prompt)[1] for prompt in order.prompts]
+
+
+def untagged(order: Request) -> Request:
+    """The request with prompts that name no adapters."""
+    return order if order.plain else replace(order, prompt=tuple(tags(prompt)[0] for prompt in order.prompts))
 
 
 def expand(text: str, seed: int, wildcards: Mapping[str, Sequence[str]]) -> str:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm.adapters.strength import tags
 from ldm.errors import LdmError, ModelError, UsageError
 from ldm.foreign import brief, json_object
 from ldm.infotext import comfy_fields, parse, request_fields, write
@@ -32,6 +33,7 @@ DEEPEST = 8  # nesting of a scheduler's or adapter's configuration
 LONGEST_NAME = 200
 LISTS = ("timesteps", "sigmas")  # fields of Request that have several values for one picture
 DIGEST = re.compile(r"[0-9a-f]{64}")
+SHORT = re.compile(r"[0-9a-f]{12}")  # of A1111's hash of an adapter
 NOT_KEPT = ("output_type", "num_images_per_prompt")  # fields of Request that say nothing of one picture
 CHOSEN = ("prompt", "negative_prompt", "seed", "num_inference_steps", "guidance_scale", "height", "width", "scheduler")
 """Fields that every recipe says. The others may be missing: one that Request gained later changes nothing unsaid."""
@@ -114,24 +116,33 @@ def recipe_of(pipeline: "Pipeline", request: Request, components: Mapping[str, s
         dtype=short_name(pipeline.dtype),
         threads=torch.get_num_threads(),
         versions=versions | {"cpu": torch.backends.cpu.get_cpu_capability()},
-        adapters=pipeline.adapters,
+        adapters=tuple(row | _a1111_hash(pipeline, row) for row in pipeline.adapters_of(request)),
     )
 
 
+def _a1111_hash(pipeline: "Pipeline", row: Mapping[str, Any]) -> dict[str, str]:
+    """The "hash" by which A1111 knows a LoRA: 12 digits of the sha256 of its tensors, that is of the file behind the
+    header, as its metadata states it. None where it does not.
+    """
+    loaded = pipeline.components.weights.loaded.get(row["name"]) if row["type"] == "lora" else None
+    digest = loaded.adapter.metadata.get("sshs_model_hash", "")[:12] if loaded else ""
+    return {"hash": digest} if SHORT.fullmatch(digest) else {}
+
+
 def digests(pipeline: "Pipeline") -> dict[str, str]:
-    """SHA-256 of the numbers and the configuration of every component, in hex: of the weights in use, whatever file
-    they came from.
+    """SHA-256 of the numbers and the configuration of every component, in hex: of the weights without adapters,
+    whatever file they came from.
 
     Taken as float32, so that a file's own precision is not heard; a network cast to fewer bits is another.
     """
     configs = {name: json.dumps(c, sort_keys=True).encode() for name, c in pipeline.components.configs.items()}
-    tensors = {name: network.state_dict() for name, network in pipeline.components.networks.items()}
-    with ThreadPoolExecutor() as pool:  # hashing lets other threads run
+    with pipeline.components.weights.using(()), ThreadPoolExecutor() as pool:  # hashing lets other threads run
+        tensors = {name: network.state_dict() for name, network in pipeline.components.networks.items()}
         hashed = {name: [configs[name], *pool.map(_digest, state.items())] for name, state in tensors.items()}
     for name, tokenizer in pipeline.components.tokenizers.items():
         words = [tokenizer.vocab, tokenizer.merges, tokenizer.pad, tokenizer.added]
         hashed[name] = [json.dumps(words).encode()]
-    if vocabulary := getattr(pipeline.text_encoder, "vocabulary", None):
+    if vocabulary := getattr(pipeline.components.text_encoder, "vocabulary", None):
         hashed["tokenizer"] = [vocabulary.encode()]
     second = digests(pipeline.refiner) if pipeline.refiner else {}
     known = {name: hashlib.sha256(b"".join(parts)).hexdigest() for name, parts in hashed.items()}
@@ -148,9 +159,23 @@ def texts(recipe: Recipe) -> dict[str, str]:
     """What `ldm.images.save` keeps in the picture: "parameters", and "ldm" in ASCII."""
     digest = recipe.components.get("unet", "")
     version = f"ldm {recipe.versions.get('ldm', '')}".strip()
-    extra = {"Model hash": digest[:10], "Model": recipe.model, "Version": version}
+    prompt, hashes = _tagged(recipe)
+    extra = {"Model hash": digest[:10], "Model": recipe.model, "Lora hashes": hashes, "Version": version}
     form = {"version": VERSION} | {f.name: getattr(recipe, f.name) for f in dataclasses.fields(Recipe)}
-    return {"parameters": write(recipe.request, extra), "ldm": json.dumps(form, allow_nan=False)}
+    told = recipe.request | {"prompt": prompt}
+    return {"parameters": write(told, extra), "ldm": json.dumps(form, allow_nan=False)}
+
+
+def _tagged(recipe: Recipe) -> tuple[str, str]:
+    """The prompt as A1111 needs it, with a tag for every adapter that it does not name yet; and its "Lora hashes"."""
+    rows = [{"hash": "", **row} for row in recipe.adapters if row.get("type") == "lora"]
+    said = recipe.request
+    prompt, plain = said["prompt"], said.get("literal") or said.get("profile") == "diffusers"
+    if rows and not plain:
+        named = {tag.name for tag in tags(prompt)[1]}
+        prompt += "".join(f"<lora:{row['name']}:{row['strength']}>" for row in rows if row["name"] not in named)
+    hashes = [f"{re.sub('[:,]', '', row['name'])}: {row['hash']}" for row in rows if row["hash"]]
+    return prompt, ", ".join(hashes)
 
 
 def from_json(text: str) -> Recipe:

@@ -178,6 +178,11 @@ class Request:
         return (self.prompt,) if isinstance(self.prompt, str) else self.prompt
 
     @property
+    def plain(self) -> bool:
+        """Whether its prompts are words and nothing else."""
+        return self.literal or self.profile == "diffusers"
+
+    @property
     def negative_prompts(self) -> tuple[str, ...]:
         """The negative prompts as a tuple, as given."""
         return (self.negative_prompt,) if isinstance(self.negative_prompt, str) else self.negative_prompt

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.adapters.weights import Cast, Setting, Weights, at
 from ldm.brownian import Brownian
 from ldm.conditioning import Script
 from ldm.diffusion.guidance import guided, guided_rescaled
@@ -58,7 +59,7 @@ class Run:
     """One run: who draws what, on which network.
 
     order: a resolved request. shape: [C, H, W] of its latents. script, sizes: what the network is told. draws: where
-    each image's noise comes from.
+    each image's noise comes from. weights, cast: the owner of the network's weights, and the adapters it is to add.
     """
 
     unet: UNet
@@ -68,6 +69,8 @@ class Run:
     script: Script
     sizes: Tensor | None
     draws: Sequence[Generator]
+    weights: Weights
+    cast: Cast = ()
 
     @property
     def _like(self) -> Tensor:
@@ -161,8 +164,8 @@ class Run:
             groups.setdefault((length, 0 if self._like.device.type == "cuda" else row % images), []).append(row)
         learned = self.unet.config.out_channels == 2 * self.shape[0]
 
-        @lru_cache(maxsize=4)  # [a|b] goes back and forth
-        def prepared(text: Conditioning) -> list[tuple[Rows, Prepared]]:
+        @lru_cache(maxsize=4)  # [a|b] goes back and forth; keys and values are those of the weights in use
+        def prepared(text: Conditioning, adapters: Setting) -> list[tuple[Rows, Prepared]]:
             said = text.to(self._like.device, self._like.dtype)
             extras = [None if extra is None else extra.to(self._like.device) for extra in (said.pooled, self.sizes)]
             found: list[tuple[Rows, Prepared]] = []
@@ -180,8 +183,10 @@ class Run:
             outputs = scaled.new_empty(len(x), (1 + learned) * x.shape[1], *x.shape[2:])
             acts = self.script.acts  # a run of A1111's DDIM has more steps than were asked for: the last act lasts
             act = next((text for until, text in acts if step < until), acts[-1][1])
-            for rows, said in prepared(act):
-                outputs[rows] = self.unet(scaled[rows], times[rows], said)
+            adapters = at(self.cast, step, len(levels.timesteps))
+            with self.weights.using(adapters):
+                for rows, said in prepared(act, adapters):
+                    outputs[rows] = self.unet(scaled[rows], times[rows], said)
             output, *variance = outputs.float().split(x.shape[1], dim=1)
             return Estimate(kind.to_x0(x, sigma, output), *variance)
 

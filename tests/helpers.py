@@ -8,6 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
+from ldm.adapters.adapter import Adapter, Layer
+from ldm.adapters.names import book_of
+from ldm.adapters.writing import write_adapter
 from ldm.checkpoints.components import Components
 from ldm.checkpoints.folder import save_folder
 from ldm.models.clip import CLIPTextConfig, CLIPTextModel
@@ -61,8 +64,10 @@ def pixels(path: Path | str) -> np.ndarray:
         return np.asarray(image)
 
 
-def small_model(folder: Path, tokens: int = 514) -> Path:
-    """Write a model of some thousand random weights that draws 16 x 16 pixels. Beyond 514 tokens some are words."""
+def small_model(folder: Path, tokens: int = 514, widths: tuple[int, ...] = (8, 16)) -> Path:
+    """Write a model of some thousand random weights that draws 16 x 16 pixels. Beyond 514 tokens some are words.
+    widths: the channels of the autoencoder's levels; each level more doubles the pictures.
+    """
     torch.manual_seed(0)
     tokenizer = CLIPTokenizer.train(["a taco", "an owl", "a pizza", "an owl"], tokens, WINDOW)
     text = CLIPTextConfig(
@@ -73,7 +78,8 @@ def small_model(folder: Path, tokens: int = 514) -> Path:
         sample_size=8, block_out_channels=(16, 32), down_block_types=(PLAIN, CROSS), layers_per_block=1,
         num_heads=(2, 2), transformer_layers_per_block=(1, 1), cross_attention_dim=32, norm_num_groups=8,
     )  # fmt: skip
-    vae = VAEConfig(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, sample_size=SIDE)
+    side = SIDE * 2 ** (len(widths) - 2)
+    vae = VAEConfig(block_out_channels=widths, layers_per_block=1, norm_num_groups=4, sample_size=side)
     scheduler = {
         "_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
         "beta_schedule": "scaled_linear", "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1,
@@ -83,6 +89,29 @@ def small_model(folder: Path, tokens: int = 514) -> Path:
     )
     save_folder(parts, folder, torch.float32)
     return folder
+
+
+def write_adapters(parts: Components, folder: Path) -> None:
+    """Write ink.safetensors, paper.safetensors (LoRA, in diffusers' names) and loha.safetensors (in kohya's), of random
+    numbers, for the attention of a model.
+    """
+    book, draw = book_of(parts.networks), torch.Generator().manual_seed(1)
+    ends = ("attn1.to_q", "attn2.to_k", "q_proj")
+
+    def random(kind: str, *names: str) -> Adapter:
+        """Layers of factors [O, 4] and [4, I] in turn."""
+        layers = {}
+        for address, shape in book.modules.items():
+            if address.endswith(ends):
+                sizes = [(shape[0], 4), (4, shape[1])] * (len(names) // 2)
+                tensors = {n: torch.randn(size, generator=draw) * 0.2 for n, size in zip(names, sizes, strict=True)}
+                layers[address] = Layer(kind, tensors, 4.0)
+        return Adapter(layers)
+
+    for name in ("ink", "paper"):
+        write_adapter(random("lora", "lora_up.weight", "lora_down.weight"), folder / f"{name}.safetensors", book)
+    halves = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+    write_adapter(random("loha", *halves), folder / "loha.safetensors", book, "kohya")
 
 
 def texts_in(path: str | Path) -> dict[str, str]:

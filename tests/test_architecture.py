@@ -33,9 +33,11 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     ("models.config", "models.layers", "models.*", "models.presets", "models"),
     ("checkpoints.safe", "checkpoints.load checkpoints.shards checkpoints.pickles",
+     "adapters.adapter adapters.strength", "adapters.kinds", "adapters.weights",
      "text.tokenizer text.weighting text.schedules", "text.encoder", "text.transformers_text", "safety",
      "checkpoints.components", "text.*", "text", "checkpoints checkpoints.*",
-     "lora", "images"),
+     "adapters.names", "adapters.writing", "adapters.reading", "adapters.matching adapters.tools", "adapters",
+     "lora", "merging", "images"),
     (
         "request",
         "names prompts grid",
@@ -43,6 +45,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "infotext",
         "runtime",
         "philox conditioning sources decoding",
+        "loras",
         "noise",
         "brownian refusals",
         "walk",
@@ -57,7 +60,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     ("cli cli.*", "server server.*", "__main__", "<ldm>"),
 )  # fmt: skip
-CODE_LINES = {0: 1600, 1: 1000, 2: 3000}  # per floor, without blank lines, comments and docstrings
+CODE_LINES = {0: 1600, 1: 1000, 2: 4900}  # per floor, without blank lines, comments and docstrings
 FILE_LINES, FUNCTION_LINES = 400, 60
 THIRD_PARTY = {0: {"torch", "numpy"}, 1: {"torch"}}  # all that the lower floors may import from outside
 HOMES = {
@@ -71,8 +74,11 @@ BANNED_ARGUMENTS = {"shell", "allow_pickle"}  # ... = anything but False, in a c
 AUDITED: set[tuple[str, str]] = {  # (file, ban) pairs that were looked at and allowed; a reviewed line each
     ("ldm/checkpoints/pickles.py", "torch.load"),  # weights_only, in a child process that may do next to nothing
     # The user's own word is handed on; what it allows is to ask that child.
+    ("ldm/adapters/reading.py", "allow_pickle"),
     ("ldm/checkpoints/single_file.py", "allow_pickle"),
+    ("ldm/cli/lora.py", "allow_pickle"),
     ("ldm/cli/opening.py", "allow_pickle"),
+    ("ldm/loras.py", "allow_pickle"),
     ("ldm/pipeline.py", "allow_pickle"),
     ("ldm/sources.py", "allow_pickle"),
 }

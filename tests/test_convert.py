@@ -243,3 +243,15 @@ def test_stopped(run, states, monkeypatch):
         done = run("convert", "in.safetensors", target)
         assert (done.code, done.out, done.err) == (130, "", "stopped: nothing was written\n")
     assert files(Path()) == ["in.safetensors"]
+
+
+def test_eight_bits_are_converted_as_they_are(run, model, tmp_path):
+    """float8: as some programs store the U-Net, which torch has no isfinite for."""
+    run("convert", model, "small8")
+    file = tmp_path / "small8/unet/diffusion_pytorch_model.safetensors"
+    eight = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in load_file(file).items()}
+    save_file(eight, file, {"format": "pt"})
+    done = run("convert", "small8", "out")
+    assert done.code == 0, done.err
+    written = load_file(tmp_path / "out/unet/diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(written[name].view(torch.uint8), eight[name].view(torch.uint8)) for name in eight)

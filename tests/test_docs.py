@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from helpers import write_adapters
 from PIL import Image
 from safetensors.torch import load_file
 from singles import model_of, single_state, small_family, write
@@ -25,6 +26,8 @@ from typer.main import get_command
 import ldm
 import ldm.training.loop  # docs/api.py loads it: its packages' own warnings are no fault of the page
 from ldm import infotext
+from ldm.adapters.names import book_of_family
+from ldm.checkpoints.components import Components
 from ldm.checkpoints.families import FAMILIES, Family
 from ldm.checkpoints.folder import open_folder, save_folder
 from ldm.checkpoints.safe import MANIFEST
@@ -126,7 +129,7 @@ def narrow() -> dict[str, Family]:
 
 
 @pytest.fixture(scope="session")
-def owned(tmp_path_factory, narrow) -> Path:
+def owned(tmp_path_factory, narrow, model) -> Path:
     """The files that a reader of the pages has, with random numbers and under the names that the pages use; and as
     hub/ the hub's cache with the model that they fetch.
     """
@@ -139,6 +142,7 @@ def owned(tmp_path_factory, narrow) -> Path:
     vae["first_stage_model.decoder.conv_out.bias"] += 0.25
     write(folder / "vae.safetensors", vae)
     write(folder / "owlish.safetensors", {"<owlish>": torch.randn(2, 16)})
+    write_adapters(open_folder(model), folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(FAMILIES, "sd1", narrow["sd1"])
         components = open_single_file(folder / "model.safetensors")
@@ -155,8 +159,22 @@ def owned(tmp_path_factory, narrow) -> Path:
     return folder
 
 
+def opened_once() -> Callable[..., Components]:
+    """open_folder that opens each folder once, for nothing writes to one that is open; but adapters of the command
+    before are taken out.
+    """
+    once = cache(open_folder)
+
+    def open_bare(*options: Any) -> Components:
+        components = once(*options)
+        components.weights.unload()
+        return components
+
+    return open_bare
+
+
 @pytest.fixture
-def place(run, tmp_path, monkeypatch, model, narrow, owned) -> Iterator[Path]:
+def place(run, tmp_path, monkeypatch, quick, model, narrow, owned) -> Iterator[Path]:
     """A folder with configs, weights and a reader's own files in it, where a small model is the model in the box, and
     the published families are narrow.
     """
@@ -172,13 +190,12 @@ def place(run, tmp_path, monkeypatch, model, narrow, owned) -> Iterator[Path]:
     monkeypatch.setattr("ldm.sources.model_in_the_box", lambda: model)
     monkeypatch.setattr("ldm.evaluation.alignment.first_stage_psnr", lambda *_: 12.5)
     monkeypatch.setattr("ldm.training.loop.plot", lambda *_: None)
-    monkeypatch.setattr("ldm.sources.open_folder", cache(open_folder))  # nothing writes to a model that is open
+    monkeypatch.setattr("ldm.sources.open_folder", opened_once())
     for name, value in BESIDE_STEPS.items():
         monkeypatch.setattr(name, value)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    book_of_family.cache_clear()  # of the narrow families, and of the others again
     yield tmp_path
-    torch.set_num_threads(threads)
+    book_of_family.cache_clear()
     torch.set_flush_denormal(False)  # training sets it
 
 
@@ -188,7 +205,7 @@ def made_small(words: list[str]) -> list[str]:
         settings = [*TINY, "corpus.size=16", *TINY_STAGES[words[1]]]
         return [*words, *(word for setting in settings for word in ("--set", setting))]
     if words[0] == "generate" and {*OWN} & {*words}:
-        return [*words, "--steps", "5"]  # the last one typed counts
+        return [*words, "--steps", "5" if "--refiner" in words else "2"]  # the last one typed counts
     return [*words, "-n", "2", "--steps", "1"] if words[0] == "eval" else words
 
 
@@ -423,12 +440,14 @@ SAID_ABOVE = {  # public, and explained by the docstring of the class
 
 
 def without_docstring(body: list[ast.stmt], name: str) -> Iterator[str]:
-    """The public functions and classes of a module or class that have none; of overloads the last one counts."""
+    """The public functions and classes of a module or class that have none; of overloads the last one counts,
+    of a property its getter.
+    """
     for node in body:
         if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name.startswith("_"):
             continue
         marks = [ast.unparse(mark) for mark in node.decorator_list]
-        if not ast.get_docstring(node) and "overload" not in marks:
+        if not ast.get_docstring(node) and not {"overload", f"{node.name}.setter"} & {*marks}:
             yield f"{name}{node.name}"
         if isinstance(node, ast.ClassDef):
             yield from without_docstring(node.body, f"{name}{node.name}.")

@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import Done, files, pixels, refused, told
+from helpers import Done, files, pixels, refused, small_model, told, write_adapters
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from singles import model_of, single_state, small_family, write
 from typer.main import get_command
 
 from ldm.checkpoints.families import FAMILIES
+from ldm.checkpoints.folder import open_folder
 from ldm.cli import app
 from ldm.errors import UsageError
 from ldm.noise import slerp
@@ -408,9 +409,14 @@ def cpu_seconds(script: str) -> float:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page], ids=" ".join)
 def test_every_help_costs_little(page):
-    """At most 0.4 s of CPU time, of the best of up to five runs, and no torch."""
+    """At most 0.4 s of CPU time, of the best of up to five runs, and no torch. On a machine too slow for that at most
+    0.22 of what `import torch` takes beside it, which is the same share of what it takes in a quiet hour (1.84 s).
+    """
     script = LIGHT.format(what=f"from ldm.cli import main; main({[*page, '--help']})")
-    assert any(cpu_seconds(script) <= 0.4 for _ in range(5))
+    if not any(cpu_seconds(script) <= 0.4 for _ in range(5)):
+        pairs = [(cpu_seconds(script), cpu_seconds("import torch")) for _ in range(3)]  # in turns
+        page_costs, torch_costs = map(min, zip(*pairs, strict=True))
+        assert page_costs <= 0.22 * torch_costs, pairs
 
 
 def test_import_ldm_costs_nothing():
@@ -422,23 +428,34 @@ def test_import_ldm_costs_nothing():
 HOURS = ("train", "eval")  # shorter runs of these have tests of their own
 
 
+@pytest.fixture(scope="session")
+def published_scale(tmp_path_factory) -> Path:
+    """A small model whose latents have an eighth of a picture's side, as published ones: 512 x 512 is soon drawn."""
+    return small_model(tmp_path_factory.mktemp("models") / "eighth", widths=(8, 8, 8, 8))
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if page[:1] not in [(name,) for name in HOURS]], ids=" ".join)
-def test_the_examples_of_the_help_are_run(run, model, monkeypatch, request, page):
+def test_the_examples_of_the_help_are_run(run, published_scale, monkeypatch, request, page):
     """Line by line as they stand, in a folder with the files they name, with a small model for the one in the box."""
-    monkeypatch.setattr("ldm.sources.model_in_the_box", lambda: model)
+    monkeypatch.setattr("ldm.sources.model_in_the_box", lambda: published_scale)
     monkeypatch.setattr("ldm.runtime.available_bytes", lambda device: 4 << 30)
     if page[:1] == ("data",):
         request.getfixturevalue("noto_font")
     Path("path/to").mkdir(parents=True)
-    for link in ("weights", "path/to/model-folder"):
-        Path(link).symlink_to(model)
+    for link in ("weights", "path/to/model-folder", "sd15", "a", "b", "c"):
+        Path(link).symlink_to(published_scale)
     Path("prompts.txt").write_text("an owl\na pizza\n")
     lora(Path("lora.safetensors"))
-    if page[:1] in (("convert",), ("info",)):  # a checkpoint in one file, narrow, with the names of real ones
+    if page[:1] == ("lora",):
+        write_adapters(open_folder(published_scale), Path())
+        run("lora", "merge", "ink.safetensors", "-o", "tuned")
+    if {*page[:1]} & {"convert", "info", "merge"}:  # one file, narrow, with the names of real ones
         family = small_family("sd1")
         monkeypatch.setitem(FAMILIES, "sd1", family)
         write(Path("model.safetensors"), single_state("sd1", model_of(family, 4)))
         torch.save({"state_dict": load_file("model.safetensors")}, "model.ckpt")
+        for copied in ("a.safetensors", "b.safetensors"):
+            shutil.copy("model.safetensors", copied)
     assert run("generate", "an owl", "--seed", "7").out == "out/an-owl-7.png\n"
     shutil.copy("out/an-owl-7.png", "owl.png")
     lines = [line.removeprefix("$ ").replace(r"\[", "[") for line in PAGES[page].epilog.split("\n\n")[1:]]

@@ -174,7 +174,16 @@ PARITY: dict[str, Case] = {  # scheduler, scheduler_config.json, request
 }
 
 
-@pytest.mark.parametrize("case", PARITY)
+# Of these solvers test_solvers.py has more than here.
+MORE = (
+    "ddim, 1 step",
+    "euler, unguided",
+    "heun, unguided",
+    "dpm++2m, unguided",
+)
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if c in MORE else c for c in PARITY])
 def test_equals_stock_diffusers(pipeline: Pipeline, stock: Any, case: str) -> None:
     scheduler, config, options = PARITY[case]
     pipeline = Pipeline(replace(pipeline.components, scheduler_config=config))

@@ -1,18 +1,17 @@
 """What the README says to type is typed, and does what it says."""
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from helpers import write_adapters
 from PIL import Image
 from singles import model_of, single_state, small_family, write
 
 from ldm.checkpoints.families import FAMILIES
 from ldm.checkpoints.safe import read_header
+from ldm.checkpoints.single_file import open_single_file
 from ldm.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -25,37 +24,32 @@ HOURS = ("train",)  # its configs and options are tested on runs of their own
 OWN = "model.safetensors"  # a file that the reader has
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Python in a process of its own, with one thread: the tests share the cores."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, timeout=120, env=environment, check=False
-    )
-
-
-def test_the_python_example_draws(tmp_path, monkeypatch):
+@pytest.mark.usefixtures("one_thread")
+def test_the_python_example_draws(tmp_path, monkeypatch, capsys):
     """The block runs as it stands, in an empty folder: four owls, then twelve steps of a taco."""
     monkeypatch.chdir(tmp_path)
     (example,) = [text for kind, text in BLOCKS if kind == "python"]
-    done = run("-c", example)
-    assert done.returncode == 0, done.stderr
+    exec(compile(example, "README.md", "exec"), {})
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"owl-{seed}.png" for seed in (10, 7, 8, 9)]
     for path in tmp_path.iterdir():
         with Image.open(path) as image:
             assert image.size == (64, 64)
-    assert [line.split()[0] for line in done.stdout.splitlines()] == [str(i) for i in range(12)]
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [str(i) for i in range(12)]
 
 
-def test_the_commands_run(tmp_path, monkeypatch, noto_font):
-    """One after the other in one folder, as a reader types them; every path that is printed is a file."""
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.usefixtures("noto_font", "quick")
+def test_the_commands_run(run, model, tmp_path, monkeypatch):
+    """One after the other in one folder, as a reader types them, with a small model for the one in the box, which the
+    Python example draws with; every path that is printed is a file.
+    """
+    monkeypatch.setattr("ldm.sources.model_in_the_box", lambda: model)
     typed = [command for command in COMMANDS if command[0] == "ldm" and command[1] not in HOURS and OWN not in command]
     assert len(typed) >= 8
     for command in typed:
-        done = run("-m", *command)
-        assert done.returncode == 0, (command, done.stderr)
+        done = run(*command[1:])
+        assert done.code == 0, (command, done.err)
         if command[1] in ("generate", "grid", "gallery", "data") and "--help" not in command:
-            assert done.stdout and all(Path(line).is_file() for line in done.stdout.splitlines()), command
+            assert done.out and all(Path(line).is_file() for line in done.out.splitlines()), command
     assert {"owl.png", "owl.strip.png", "owl.gif", "gallery.html"} <= {path.name for path in tmp_path.iterdir()}
 
 
@@ -64,8 +58,9 @@ def test_the_commands_run_with_a_model_of_ones_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(FAMILIES, "sd1", small_family("sd1"))
     write(tmp_path / OWN, single_state("sd1", model_of(FAMILIES["sd1"], 4)))
+    write_adapters(open_single_file(tmp_path / OWN), tmp_path)
     typed = [command for command in COMMANDS if OWN in command]
-    assert [command[1] for command in typed] == ["generate", "convert"]
+    assert [command[1] for command in typed] == ["generate", "generate", "convert"]
     for _, *words in typed:
         with pytest.raises(SystemExit) as end:
             main([*words, *(["--size", "64", "--steps", "2"] if words[0] == "generate" else [])])

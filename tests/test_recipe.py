@@ -186,7 +186,7 @@ def test_samplers_are_the_schedulers() -> None:
     assert {row.name: row.label or row.name for row in GRIDS.values()} == names.GRIDS
     assert names.SPACINGS == SPACINGS
     for name, row in SAMPLERS.items():
-        scheduler, there = SCHEDULERS[name], from_config(SD1, name, profile="a1111")
+        scheduler, there = SCHEDULERS[name], from_config(SD1, name, a1111=True)
         assert row.a1111 == (scheduler.label or name)
         assert (row.eta, row.noise) == ("eta" in scheduler.options, bool(scheduler.noise))
         assert (row.exact, name in TIMED) == (not there.note, there.family == "compvis")
@@ -308,8 +308,9 @@ def test_a_picture_of_a1111(tmp_path: Path) -> None:
     assert found.notes == (
         "it was made with the model 'v1-5-pruned-emaonly', hash '6ce0161689'",
         "A1111 turns the noise of variations column by column, here it is turned as a whole",
-        "not carried over: Denoising strength, Hires upscale, Hires steps, Hires upscaler, Lora hashes",
-        "the prompt calls for networks that are not loaded: <lora:style:0.8>",
+        "not carried over: Denoising strength, Hires upscale, Hires steps, Hires upscaler",
+        "it was made with the adapters style (hash 0123456789ab), other (hash ba9876543210); give their files with "
+        "--lora or their --lora-dir",
     )
 
 

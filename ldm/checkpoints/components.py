@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from ldm.adapters.weights import Weights
 from ldm.errors import ModelError
 from ldm.models.clip import CLIPTextConfig, CLIPTextModel
 from ldm.models.safety import SafetyChecker, SafetyConfig
@@ -76,7 +77,7 @@ class Components:
     tokenizer_2: SDXL's. scheduler_config: scheduler_config.json as it stands; low_res_scheduler_config: the
     x4-upscaler's other one. generation: the request fields (those of folder.DEFAULTS) that suit the model. flags: those
     of FLAGS that are set. notes: what the user should hear about how the model was opened, each said once. name: what
-    to call it; no path.
+    to call it; no path. weights: the one owner of the numbers in the networks, once adapters are loaded.
     """
 
     unet: UNet
@@ -92,6 +93,10 @@ class Components:
     safety_checker: SafetyChecker | None = None
     flags: dict[str, bool] = field(default_factory=dict)
     low_res_scheduler_config: Json = field(default_factory=dict)
+    weights: Weights = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self.weights = Weights(self)
 
     @property
     def networks(self) -> dict[str, nn.Module]:

@@ -27,7 +27,7 @@ from ldm.checkpoints.components import (
     check_fit,
     class_of,
 )
-from ldm.checkpoints.load import Bare, load_into
+from ldm.checkpoints.load import Bare, finite, load_into
 from ldm.checkpoints.pickles import readable, refuse_pickle
 from ldm.checkpoints.safe import atomic_folder, atomic_json, read_json, write_manifest
 from ldm.checkpoints.shards import choose_file, read_index, save_sharded
@@ -307,7 +307,7 @@ def _finite(model: nn.Module, name: str, dtype: torch.dtype | None) -> dict[str,
     """The model's tensors in `dtype`; NumericalError names the first that is not finite in it."""
     state = {key: value.detach().to(dtype) for key, value in model.state_dict().items()}
     for key, value in state.items():
-        if not torch.isfinite(value).all():
+        if not finite(value):
             raise NumericalError(f"{name} {key} is not finite in {value.dtype}; save in float32 if it is in the model")
     return state
 

@@ -101,6 +101,11 @@ def _plain(shape: Shape) -> Shape:
     return shape[:2] if shape[2:] == (1, 1) else shape
 
 
+def finite(tensor: Tensor) -> bool:
+    """Whether all numbers of a tensor are; also of the types of 8 bits, which torch itself cannot ask."""
+    return bool(torch.isfinite(tensor if tensor.dtype.itemsize > 1 else tensor.float()).all())
+
+
 def listed(items: Sequence[object]) -> str:
     """The first of them, for an error."""
     return ", ".join(map(str, items[:NAMED])) + (", ..." if len(items) > NAMED else "")

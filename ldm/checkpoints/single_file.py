@@ -27,7 +27,7 @@ from ldm.checkpoints.families import (
     recognise,
 )
 from ldm.checkpoints.folder import find_weights, open_network
-from ldm.checkpoints.load import Bare, Piece, Wanted, check, listed, load_pieces
+from ldm.checkpoints.load import Bare, Piece, Wanted, check, finite, listed, load_pieces
 from ldm.checkpoints.pickles import readable
 from ldm.checkpoints.safe import Header, atomic_save_safetensors, read_header, read_json
 from ldm.checkpoints.spelling import Part, Rule, Spelling, located, spelled, taesd_rules
@@ -336,7 +336,7 @@ def _theirs(model: nn.Module, name: str, part: Part, dtype: torch.dtype | None) 
     rows: dict[str, list[tuple[int, Tensor]]] = {}
     for key, rule in spelled(state.keys(), part.spellings[0], part.config).items():
         value = state[key]
-        if not torch.isfinite(value.to(dtype)).all():
+        if not finite(value.to(dtype)):
             kind = dtype or value.dtype
             raise NumericalError(f"{name} {key} is not finite in {kind}; save in float32 if it is in the model")
         value = value.T if rule.transpose else value[..., None, None] if rule.conv else value

@@ -20,6 +20,8 @@ from ldm.cli.gallery import gallery
 from ldm.cli.generate import generate
 from ldm.cli.grid import grid
 from ldm.cli.info import info
+from ldm.cli.lora import app as lora
+from ldm.cli.merge import merge
 from ldm.cli.schedulers import schedulers
 from ldm.cli.train import app as train
 from ldm.cli.verify import verify
@@ -36,6 +38,7 @@ app = typer.Typer(
 app.add_typer(train, name="train")
 app.add_typer(data, name="data")
 app.add_typer(evaluate, name="eval")
+app.add_typer(lora, name="lora")
 app.command(
     epilog=examples(
         'ldm generate "a taco on a red background"',
@@ -70,6 +73,12 @@ app.command(
         "ldm convert model.ckpt model.safetensors --allow-pickle",
     )
 )(convert)
+app.command(
+    epilog=examples(
+        "ldm merge a.safetensors b.safetensors --alpha 0.4 -o both.safetensors",
+        "ldm merge a/ b/ c/ --add-difference --alpha 1 -o sum/",
+    )
+)(merge)
 app.command(epilog=examples("ldm gallery out", 'ldm gallery out -o page.html --title "Owls" --overwrite'))(gallery)
 app.command(epilog=examples("ldm schedulers", "ldm schedulers --plot levels.png --steps 10"))(schedulers)
 app.command(epilog=examples("ldm doctor", "ldm doctor --json"))(doctor)

@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from ldm.adapters.strength import Tag
 from ldm.cli.common import printable, progress_bar, say, terminal
+from ldm.prompts import asked
 from ldm.request import Request
 
 if TYPE_CHECKING:
@@ -35,8 +37,9 @@ class Drawn:
 def calls(pictures: Sequence[Request], at_once: int) -> Iterator[Request]:
     """Requests of at most `at_once` neighbouring pictures that may go through the networks together."""
 
-    def shared(picture: Request) -> Request:
-        return replace(picture, prompt=(), negative_prompt="", seed=None, variation_seed=None)
+    def shared(picture: Request) -> tuple[Request, list[tuple[Tag, ...]]]:
+        plain = replace(picture, prompt=(), negative_prompt="", seed=None, variation_seed=None)
+        return plain, asked(picture)  # one network has one set of adapters at a time
 
     for _, group in groupby(pictures, shared):
         alike = list(group)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ldm.cli.common import printable, say
-from ldm.cli.opening import opened
+from ldm.cli.opening import opened, without_unsaid
 from ldm.cli.options import Size, Wildcards, typed_fields, with_request
 from ldm.cli.orders import Sources, gathered, singles
 from ldm.cli.places import OUTPUT, paths_of, refuse_taken
@@ -87,7 +87,7 @@ def generate(
     said = beside.pop("output", None)
     output = said if output is None else output
     opening = replace(opening, **{name: text for name, text in beside.items() if getattr(opening, name, None) is None})
-    recipe = found.recipe if found else None
+    recipe = without_unsaid(found.recipe, orders) if found and found.recipe else None
     pipeline = opened(recipe, opening)
     if recipe and not (opening.model or opening.vae or opening.refiner):
         # In another type of numbers the same model has other digests.

@@ -1,14 +1,19 @@
 """How a model is opened: options that every command which draws shares, and what a picture's recipe says of it."""
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from ldm.cli.common import PANEL, Device, Dtype, Model
+from ldm.adapters.strength import Strength, file_option
+from ldm.cli.common import PANEL, Device, Dtype, Model, printable
+from ldm.errors import LdmError, UsageError
+from ldm.request import Request
 
 if TYPE_CHECKING:
     from ldm.pipeline import Pipeline
@@ -35,6 +40,19 @@ class Opening:
     embedding: Annotated[
         list[Path] | None, _option(metavar="FILE", help="a learned word (textual inversion); may be repeated")
     ] = None
+    lora: Annotated[
+        list[Path] | None,  # which the shell completes
+        _option(
+            metavar="FILE[:STRENGTH]",
+            help="a LoRA or another adapter, as strong as 0.8, te=0:unet=1, 0@0,1@0.5 ... says; may be repeated",
+        ),
+    ] = None
+    lora_dir: Annotated[
+        Path | None, _option(metavar="FOLDER", help="where <lora:NAME:STRENGTH> in a prompt finds NAME.safetensors")
+    ] = None
+    lora_partial: Annotated[
+        bool, _option("--lora-partial", help="take what fits of an adapter that does not fit as a whole")
+    ] = False
     allow_pickle: Annotated[
         bool, _option("--allow-pickle", help="also read .ckpt, .pt and .bin, in a guarded process")
     ] = False
@@ -62,8 +80,9 @@ def with_opening(command: Callable[..., None]) -> inspect.Signature:
 
 
 def opened(recipe: "Recipe | None", asked: Opening) -> "Pipeline":
-    """The model; of a recipe come its device if there is one here, its type of numbers, and its number of threads, for
-    sums are taken in another order with another number.
+    """The model with what was asked for beside it. Of a recipe come its device if there is one here, its type of
+    numbers, its number of threads, for sums are taken in another order with another number, and how strong its adapters
+    are. LdmError: one of these was not given.
     """
     import torch
 
@@ -79,6 +98,63 @@ def opened(recipe: "Recipe | None", asked: Opening) -> "Pipeline":
     )  # fmt: skip
     for path in asked.embedding or ():
         pipeline.load_textual_inversion(path, allow_pickle=asked.allow_pickle)
+    _load_adapters(pipeline, recipe, asked)
     if recipe and pipeline.device.type == "cpu":
         torch.set_num_threads(min(recipe.threads, MOST_THREADS))
     return pipeline
+
+
+def _load_adapters(pipeline: "Pipeline", recipe: "Recipe | None", asked: Opening) -> None:
+    """Load the adapters that were given, and those of a recipe: last, in its order, for so they are added up.
+
+    One of a recipe is known by its sha256, whatever its file is called; a file of its name that was given stands in
+    for it, as another model may.
+    """
+    from ldm.adapters.weights import Loaded
+
+    if asked.lora_dir and not asked.lora_dir.is_dir():
+        raise UsageError(f"--lora-dir {asked.lora_dir} is no folder; name the one that the adapters' files are in")
+    pipeline.lora_dir = asked.lora_dir
+    rows = [row for row in recipe.adapters if row.get("type") == "lora"] if recipe else []
+    if not asked.lora and not rows:
+        return
+    weights = pipeline.components.weights
+    load = partial(pipeline.load_lora, partial=asked.lora_partial, allow_pickle=asked.allow_pickle)
+    given: dict[str, Strength | None] = {}
+    for path, said in map(file_option, map(str, asked.lora or ())):
+        given[load(path, said or Strength())] = said
+    alike = {weights.loaded[name].adapter.sha256: name for name in given}
+    found, taken = dict[str, Loaded](), set[str]()
+    for row in rows:
+        name, sha256, strength = (str(row.get(key, "")) for key in ("name", "sha256", "strength"))
+        here = alike.get(sha256, name)
+        if here not in given:
+            load(_file_of(name, sha256, asked.lora_dir), name=name)
+        found[name] = weights.loaded[here]._replace(strength=given.get(here) or Strength.parse(strength))
+        taken |= {here, name}
+    weights.loaded = {name: one for name, one in weights.loaded.items() if name not in taken} | found
+
+
+def _file_of(name: str, sha256: str, folder: Path | None) -> Path:
+    """The file of a recipe's adapter, in a folder or one below it. LdmError: it is not there."""
+    from ldm.checkpoints.safe import file_sha256
+
+    files = sorted(folder.rglob(f"{escape(name)}.safetensors")) if folder else ()
+    if (found := next((file for file in files if file_sha256(file) == sha256), None)) is None:
+        raise LdmError(
+            f"the picture was drawn with the adapter {printable(name)!r} of sha256 {printable(sha256)}; give its file "
+            f"with --lora, or with --lora-dir the folder that has it as {printable(name)}.safetensors"
+        )
+    return found
+
+
+def without_unsaid(recipe: "Recipe", orders: Iterable[Request]) -> "Recipe":
+    """The recipe without the adapters that its prompt names and the prompts of the orders do not."""
+    from ldm.prompts import asked
+
+    then, now = (
+        {tag.name for order in each for tags in asked(order) for tag in tags}
+        for each in ([Request(**recipe.request)], orders)
+    )
+    kept = (row for row in recipe.adapters if row.get("type") != "lora" or row.get("name") not in then - now)
+    return replace(recipe, adapters=tuple(kept))
