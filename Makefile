@@ -36,7 +36,7 @@ demo: $(VENV)/.core ## draw PROMPT="..." with the model in the box, and say wher
 
 test: $(VENV)/.dev ## run the everyday tests (minutes on two cores)
 	$(SAY) 'running the everyday tests; those marked slow: $(BIN)/pytest -m slow'
-	@$(BIN)/python -m pytest -n $(JOBS) --durations=10 $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations=10 $(PYTEST_ARGS)
 
 check: lint types test ## all that CI checks: lint, types, tests
 

@@ -7,7 +7,8 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from helpers import Done, small_model, without_sockets
 
 from ldm.checkpoints.components import Components
 from ldm.checkpoints.folder import open_folder
+from ldm.checkpoints.single_file import open_single_file
 from ldm.cli import main
+from ldm.text.tokenizer import CLIPTokenizer
 
 
 def pytest_configure() -> None:
@@ -108,26 +111,43 @@ def model(tmp_path_factory) -> Path:
     return small_model(tmp_path_factory.mktemp("models") / "small")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def standard_tokenizers() -> Iterator[None]:
+    """OpenAI's tokenizer is made once: it never changes, and costs as much as all else in a small model of SD1."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CLIPTokenizer, "standard", cache(CLIPTokenizer.standard))
+        yield
+
+
 @pytest.fixture(scope="session")
 def opened() -> dict[tuple[object, ...], Components]:
-    """Model folders that `quick` has opened."""
+    """Models that `quick` has opened."""
     return {}
 
 
 @pytest.fixture
 def quick(monkeypatch, opened) -> Iterator[None]:
     """What makes many runs of the command with small models quick: one thread, for more only wait for each other, and
-    a model folder is opened once for as long as it stays as it is.
+    a model folder or file is opened once for as long as it stays as it is.
     """
 
-    def once(path: Path, *options: object) -> Components:
-        files = sorted((str(file), file.stat().st_mtime_ns) for file in path.rglob("*") if file.is_file())
-        key = (path.resolve(), *files, *options)
-        if key not in opened:
-            opened[key] = open_folder(path, *options)
-        return copy.deepcopy(opened[key])  # whoever opens it may change it
+    def once(opener: Callable[..., Components]) -> Callable[..., Components]:
+        def open_once(path: str | Path, *options: object, **named: object) -> Components:
+            place = Path(path)
+            found = (place, Path(str(named["vae"]))) if named.get("vae") else (place,)
+            parts = [file for one in found for file in (one.rglob("*") if one.is_dir() else [one]) if file.is_file()]
+            files = sorted((str(file), file.stat().st_mtime_ns) for file in parts)
+            key = (opener, place.resolve(), *files, *options, *sorted(named.items()))
+            if key not in opened:
+                opened[key] = opener(path, *options, **named)
+            whole = opened[key]
+            tokenizers = {id(tokenizer): tokenizer for tokenizer in whole.tokenizers.values()}  # these never change
+            return copy.deepcopy(whole, tokenizers)  # whoever opens it may change the rest
 
-    monkeypatch.setattr("ldm.sources.open_folder", once)
+        return open_once
+
+    monkeypatch.setattr("ldm.sources.open_folder", once(open_folder))
+    monkeypatch.setattr("ldm.checkpoints.single_file.open_single_file", once(open_single_file))
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

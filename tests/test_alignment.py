@@ -70,9 +70,10 @@ def test_prompts_are_fixed_before_training():
 # -- what is true is found --------------------------------------------------------------------------------------------
 
 
-def test_ground_truth_of_the_prompts(judge, scenes):
-    """Every one of the 200: background, objects, relation."""
-    assert wrong(judge, scenes, prompts(scenes)) == []
+@pytest.mark.parametrize("count", [60, pytest.param(200, marks=pytest.mark.slow)])
+def test_ground_truth_of_the_prompts(judge, scenes, count):
+    """Background, objects, relation; of all 200 when there is time."""
+    assert wrong(judge, scenes, prompts(scenes, count)) == []
 
 
 def test_every_object_on_two_backgrounds(judge, scenes):

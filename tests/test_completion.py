@@ -97,9 +97,10 @@ def test_bash_completes_with_the_script(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("columns", [80, 120])
-def test_the_lists_fit_the_terminal(columns: int) -> None:
+def test_the_lists_fit_the_terminal(run, monkeypatch, columns: int) -> None:
     """No line is longer, and no name is broken."""
-    said = ldm("schedulers", COLUMNS=str(columns)).stdout
+    monkeypatch.setenv("COLUMNS", str(columns))
+    said = run("schedulers").out
     assert max(map(len, said.splitlines())) <= columns
     for row in SCHEDULERS.values():
         assert re.search(rf"^{re.escape(row.name)} +[12] +(none|fresh|eta) ", said, re.MULTILINE)
@@ -108,9 +109,9 @@ def test_the_lists_fit_the_terminal(columns: int) -> None:
         assert re.search(rf"^{grid.name} +{grid.label} ", said, re.MULTILINE)
 
 
-def test_what_is_said_of_schedulers_is_so() -> None:
+def test_what_is_said_of_schedulers_is_so(run) -> None:
     """Names, network calls and noise, by running each on a denoiser that always says the same."""
-    told = json.loads(ldm("schedulers", "--json").stdout)
+    told = json.loads(run("schedulers", "--json").out)
     assert [row["name"] for row in told["schedule_types"]] == list(GRIDS)
     assert [row["name"] for row in told["schedulers"]] == list(SCHEDULERS)
     config = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "clip_sample": False}

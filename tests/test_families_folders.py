@@ -265,7 +265,12 @@ def test_the_safety_checker_is_honoured(stock, tmp_path):
     assert verdicts == expected.nsfw_content_detected
 
 
-@pytest.mark.parametrize(("family", "channels"), CASES)
+AGAIN = [("sd2", 4), ("sd2", 9)]  # of the same pipelines as SD1
+
+
+@pytest.mark.parametrize(
+    ("family", "channels"), [pytest.param(*case, marks=pytest.mark.slow) if case in AGAIN else case for case in CASES]
+)
 def test_stock_diffusers_ignores_nothing_that_we_write(family, channels, monkeypatch, tmp_path):
     """Every entry of model_index.json is a parameter of the pipeline that it names."""
     narrow_families(monkeypatch)

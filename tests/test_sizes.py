@@ -44,7 +44,8 @@ def drawn(pipeline: Pipeline, size: Size, output_type: str = "np", **options: An
     return pipeline(height=size[0], width=size[1], output_type=output_type, **options)
 
 
-def test_a_thousand_sizes(pipeline: Pipeline) -> None:
+@pytest.mark.parametrize("count", [320, pytest.param(1000, marks=pytest.mark.slow)])
+def test_many_sizes(pipeline: Pipeline, count: int) -> None:
     """Each has exactly the size asked for, in every kind of picture, and none is constant: decoded from noise, every
     fortieth drawn.
     """
@@ -57,7 +58,7 @@ def test_a_thousand_sizes(pipeline: Pipeline) -> None:
     nets = {"unet": UNet(shallow).eval(), "vae": AutoencoderKL(narrow).eval()}
     pipeline = Pipeline(dataclasses.replace(pipeline.components, **nets))
     numbers, wrong = random.Random(0), []
-    for i in range(1000):
+    for i in range(count):
         height, width, kind = numbers.randint(1, 48), numbers.randint(1, 48), ("pil", "pt", "np")[i % 3]
         latents = torch.randn(1, 4, (height + 7) // 8, (width + 7) // 8)
         if i % 40:

@@ -45,7 +45,7 @@ def orders(count: int) -> list[Request]:
     ]
 
 
-@pytest.mark.parametrize("count", [70, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [35, pytest.param(1000, marks=pytest.mark.slow)])
 def test_eight_threads_draw_what_one_draws(pipeline: Pipeline, count: int) -> None:
     asked = orders(count)
     alone = [pipeline(order).images for order in asked]
