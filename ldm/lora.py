@@ -19,7 +19,7 @@ from ldm.adapters import kinds
 from ldm.adapters.adapter import Adapter, Layer
 from ldm.errors import ModelError, UsageError
 
-NETWORKS = ("unet", "text_encoder", "text_encoder_2")  # that adapters are for; the VAE has none
+APART = ("vae", "safety_checker")  # networks that adapters leave alone
 TARGETS: Mapping[str, tuple[str, ...]] = {
     "attention": ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj"),
     "feed-forward": ("ff.net.0.proj", "ff.net.2", "fc1", "fc2"),
@@ -114,7 +114,7 @@ class LoRA(nn.Module):
     ) -> "LoRA":
         """Fresh branches for the linear layers and convolutions that `targets` name; they change no output yet.
 
-        networks: by their names in Components; those of NETWORKS are adapted. alpha: None for the rank. targets: words
+        networks: by their names in Components; those of APART are left alone. alpha: None for the rank. targets: words
         of TARGETS, or endings of addresses, in which * stands for anything ("to_q", "down_blocks.0.*.to_v"). ranks,
         alphas: others for the addresses with such endings; of several the last counts. rslora: alpha / sqrt(rank)
         instead of alpha / rank (Kalajdzievski 2023, arXiv:2312.03732). dora: train magnitudes as well. UsageError: a
@@ -123,7 +123,7 @@ class LoRA(nn.Module):
         modules: dict[str, Base] = {
             f"{network}.{path}": part
             for network, model in networks.items()
-            if network in NETWORKS
+            if network not in APART
             for path, part in model.named_modules()
             if isinstance(part, nn.Linear) or (isinstance(part, nn.Conv2d) and part.groups == 1)
         }

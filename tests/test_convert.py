@@ -62,7 +62,7 @@ def equal(a: State, b: State) -> bool:
     return a.keys() == b.keys() and all(a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]) for key in a)
 
 
-@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+@pytest.mark.parametrize("name", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_there_and_back(convert, states, name):
     """Single file -> folder -> single file -> folder: what drawing needs comes back to the bit, and diffusers names the
     folder's components as it does its own.

@@ -231,8 +231,16 @@ def execute(words: list[str], run: Callable[..., Any], monkeypatch: pytest.Monke
         Path(signs[">"]).write_text(done.out, "utf-8")
 
 
+LONG = ("getting-started.md", "recipes.md", "merging.md")  # what they type is also typed on the page of commands
+
+
 @pytest.mark.parametrize(
-    "page", [p for p, text in PAGES.items() if any(b.kind in ("sh", "python") for b in blocks(text))]
+    "page",
+    [
+        pytest.param(page, marks=pytest.mark.slow) if page in LONG else page
+        for page, text in PAGES.items()
+        if any(block.kind in ("sh", "python") for block in blocks(text))
+    ],
 )
 def test_a_page_works_as_it_stands(page, place, run, monkeypatch, request):
     """All its files, commands and Python blocks, in order, in one folder."""

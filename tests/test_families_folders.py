@@ -265,7 +265,7 @@ def test_the_safety_checker_is_honoured(stock, tmp_path):
     assert verdicts == expected.nsfw_content_detected
 
 
-AGAIN = [("sd2", 4), ("sd2", 9)]  # of the same pipelines as SD1
+AGAIN = [("sd2", 4), ("sd2", 9), ("sdxl", 8)]  # of the same pipelines as others
 
 
 @pytest.mark.parametrize(

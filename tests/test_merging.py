@@ -245,7 +245,8 @@ def test_beginnings_of_names(merged, run, folders):
 # -- single files -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
 def test_block_weights_on_original_names(merged, name, base):
     """26 and 20 numbers, each on the tensors that sdweb-merge-block-weighted gives it, by their original names."""
     a = base if name == "sd1" else single_state(name, model_of(NARROW[name], 4))

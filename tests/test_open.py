@@ -64,6 +64,7 @@ def test_a_single_file_is_a_model(run, narrow, sd1):
     assert run("verify", "a.png", "--model", "folder").code == 0
 
 
+@pytest.mark.slow
 def test_another_autoencoder(run, narrow, sd1, tmp_path):
     """By --vae: a file in the original names; its scaling factor is the model's; the recipe says that it is another."""
     state = {name: value for name, value in load_file(sd1).items() if name.startswith("first_stage_model.")}

@@ -545,6 +545,7 @@ print(json.dumps([peak, sum(t.nbytes for t in tensors), max(t.nbytes for t in te
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak of memory from Linux' /proc")
 def test_memory_holds_the_weights_and_one_tensor(tmp_path):
     """A file of 200 MB of float16, measured by the system; what is not cast is not even read."""
