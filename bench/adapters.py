@@ -2,10 +2,11 @@
 
     python bench/adapters.py [--rounds 7]
 
-"copy": a copy in memory of the weights that the adapter changes. "switch": from one loaded adapter of rank 8 to
-another, until the weights are ready. "file": from a kohya file of 150 MB (rank 128, float16, U-Net and text encoder)
-to an adapter that is loaded; "ready": until it is in the weights, too. "call": the U-Net once, with the adapter.
-diffusers keeps its adapters beside the weights, where each call pays for them; "fuse" is what brings them in.
+"copy": a copy in memory of the weights that the adapter changes. "switch": between two loaded adapters of rank 8,
+back and forth, until the weights are ready; "new": to a strength that was not in use before. "file": from a kohya
+file of 150 MB (rank 128, float16, U-Net and text encoder) to an adapter that is loaded; "ready": until it is in the
+weights, too. "call": the U-Net once, with the adapter. diffusers keeps its adapters beside the weights, where each
+call pays for them; "fuse" is what brings them in.
 """
 
 import argparse
@@ -102,9 +103,14 @@ def main() -> None:
             ready.append(time.perf_counter())
 
         def switched() -> None:
-            strengths = [float(ours.components.weights.loaded[name].strength.text) for name in ("a", "b")]
-            ours.set_lora("a", strengths[1])
-            ours.set_lora("b", strengths[0])
+            first, second = (ours.components.weights.loaded[name].strength for name in ("a", "b"))
+            ours.set_lora("a", second)
+            ours.set_lora("b", first)
+            assert ours.unet
+
+        def renewed() -> None:
+            strengths.append(strengths[-1] + 0.01)
+            ours.set_lora("a", strengths[-1])
             assert ours.unet
 
         def fused() -> None:
@@ -117,6 +123,7 @@ def main() -> None:
             theirs.load_lora_weights(large, adapter_name="large")
             theirs_ready.append(time.perf_counter())
 
+        strengths = [0.5]
         begun, middle, ready = [], [], []
         theirs_begun, theirs_ready = [], []
         rounds({"ours": loaded, "theirs": peft_loaded}, count)
@@ -130,8 +137,11 @@ def main() -> None:
         ours.load_lora(other, 0.0, "b")
         theirs.load_lora_weights(small, adapter_name="a")
         found = rounds({"copy": copied, "ldm": switched, "diffusers": fused}, count)
+        ours.unload_lora("b")
+        found |= {"new": rounds({"copy": copied, "new": renewed}, count)["new"]}
         print(
-            f"switch  ldm {found['ldm']:.3f} s, {found['ldm'] / found['copy']:.2f} of a copy ({found['copy']:.3f} s)"
+            f"switch  ldm {found['ldm']:.3f} s, {found['ldm'] / found['copy']:.2f} of a copy ({found['copy']:.3f} s); "
+            f"new {found['new']:.3f} s, {found['new'] / found['copy']:.2f} of it"
             f"   diffusers, fuse and unfuse {found['diffusers']:.3f} s"
         )
         unet = ours.unet

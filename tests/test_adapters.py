@@ -350,6 +350,27 @@ def test_stock_diffusers_draws_the_same_picture(pipeline, model, tmp_path, diale
     assert (ours - wanted).abs().max() <= 1e-4
 
 
+@pytest.mark.parametrize("spare", [True, False])
+def test_the_two_settings_used_last_stay_made(pipeline, tmp_path, monkeypatch, spare):
+    """Going back and forth finds the same tensors again; where memory is short there is one, and no more. Either way
+    the numbers are the same each time.
+    """
+    monkeypatch.setattr("ldm.adapters.weights._spare", lambda bases: spare)
+    path = written(pipeline, tmp_path, "ink", 1)
+    pipeline.load_lora(path)
+    where: dict[float, set[int]] = {}
+    numbers: dict[float, dict[str, Tensor]] = {}
+    for strength in (0.5, 0.7, 0.5, 0.7, 0.9, 0.5, 0.9, 0.5):
+        pipeline.set_lora("ink", strength)
+        attention = pipeline.unet.mid_block.attentions[0].transformer_blocks[0].attn1
+        where.setdefault(strength, set()).add(attention.to_q.weight.data_ptr())
+        numbers.setdefault(strength, {key: value.clone() for key, value in state(pipeline).items()})
+        assert equal(state(pipeline), numbers[strength])
+    assert len(set().union(*where.values())) == (2 if spare else 1)
+    pipeline.unload_lora()
+    assert not pipeline.components.weights._slots
+
+
 def test_a_refiner_draws_without_adapters(pipeline, model, tmp_path):
     """What a tag names is the first model's; the second hears the words alone."""
     path = written(pipeline, tmp_path, "ink", 1)

@@ -1,13 +1,15 @@
 """One owner of a model's weights: the base, and on top of it what the adapters in use add. W = W0 + sum of s * delta.
 
 Adapted weights lie in tensors of their own, and a parameter points either to them or to the base, which is never
-written to: without adapters, and wherever their strength is 0, the base is in use to the last bit.
+written to: without adapters, and wherever their strength is 0, the base is in use to the last bit. The two settings
+used last stay made where memory allows, so that going back and forth between them costs nothing.
 """
 
+import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -18,6 +20,7 @@ from ldm.adapters.kinds import bias_delta, delta, factors
 from ldm.adapters.strength import Factors, Strength
 from ldm.errors import ModelError, UsageError, choose
 
+MADE = 2  # adapted tensors of a parameter that are kept where memory allows
 BIASES = frozenset({"diff_b", "b_norm", "lora_up.bias", "on_bias"})
 
 
@@ -48,22 +51,31 @@ Place = tuple[str, str]
 
 @dataclass
 class _Slot:
-    """A parameter that adapters change: its base, its adapted tensor once there is one, and what is in it now."""
+    """A parameter that adapters change: its base, the adapted tensors by what they are made of, the last used at the
+    end, and what is in it now.
+    """
 
     parameter: nn.Parameter
     base: Tensor
-    adapted: Tensor | None = None
+    made: dict[Parts, Tensor] = field(default_factory=dict)
     now: Parts = ()
 
     @property
     def held(self) -> Tensor:
         """What the parameter points to, unless somebody else has changed it."""
-        return self.adapted if self.now and self.adapted is not None else self.base
+        return self.made[self.now] if self.now else self.base
 
     def put(self, parts: Parts) -> None:
         """Let the parameter point to the base, or to what was made of these parts."""
         self.now = parts
+        if parts:
+            self.made[parts] = self.made.pop(parts)
         self.parameter.data = self.held
+
+    def place(self, more: bool) -> Tensor:
+        """A tensor to make another one in: new if `more` may be kept, else the one that was used longest ago."""
+        full = len(self.made) >= (MADE if more else 1)
+        return self.made.pop(next(iter(self.made))) if full else torch.empty_like(self.base)
 
 
 class Weights:
@@ -105,9 +117,13 @@ class Weights:
         for one in list(self.loaded) if name is None else [self.known(name)]:
             del self.loaded[one]
         self.rest()
-        touched = {address for adapter, _ in self.loaded.values() for address in adapter.layers}
+        layers = [adapter.layers for adapter, _ in self.loaded.values()]
         with self._turn:
-            self._slots = {place: slot for place, slot in self._slots.items() if place[0] in touched}
+            for (address, leaf), slot in list(self._slots.items()):
+                left = {own[address] for own in layers if address in own}
+                slot.made = {parts: made for parts, made in slot.made.items() if left >= {layer for layer, _ in parts}}
+                if not left:
+                    del self._slots[address, leaf]
 
     def cast(self, said: Mapping[str, Strength] | None = None) -> Cast:
         """What is loaded. said: strengths by name, for a run, in place of those it was loaded with."""
@@ -151,11 +167,12 @@ class Weights:
                     for leaf in leaves(layer):
                         wanted.setdefault((address, leaf), []).append((layer, strength))
         changed = {place: tuple(parts) for place, parts in wanted.items() if tuple(parts) != self._slot(place).now}
+        new = [place for place, parts in changed.items() if parts and parts not in self._slots[place].made]
+        spare = _spare([self._slots[place].base for place in new])
         with torch.inference_mode(False):
             try:
-                for place, parts in changed.items():
-                    if parts:
-                        self._adapt(place, parts)
+                for place in new:
+                    self._adapt(place, changed[place], spare)
             except BaseException:
                 changed, setting = dict.fromkeys(self._slots, ()), ()
                 raise
@@ -178,24 +195,33 @@ class Weights:
                     f"{address}.{leaf} was replaced while an adapter was in it; take adapters out before networks are "
                     "loaded anew, and move them by Pipeline.to"
                 )
-            slot.base, slot.adapted = slot.parameter.data, None
+            slot.base, slot.made = slot.parameter.data, {}
         return slot
 
     @torch.no_grad()
-    def _adapt(self, place: Place, parts: Parts) -> None:
-        """Make the adapted tensor of a parameter."""
+    def _adapt(self, place: Place, parts: Parts, spare: bool) -> None:
+        """Make the adapted tensor of a parameter. spare: there is memory for a second one."""
         slot, (address, leaf) = self._slots[place], place
-        if slot.adapted is None:
-            slot.adapted = torch.empty_like(slot.base)
+        adapted = slot.place(spare)
         if leaf == "weight":
-            _add(slot.adapted, slot.base, parts)
-            return
-        weight, bias = self._slots[address, "weight"].base, slot.base
-        for layer, strength in parts:
-            change = bias_delta(layer, slot.base, weight)
-            assert change is not None  # `leaves` told of one
-            bias = bias.to(change) + strength * change
-        slot.adapted.copy_(bias)
+            _add(adapted, slot.base, parts)
+        else:
+            weight, bias = self._slots[address, "weight"].base, slot.base
+            for layer, strength in parts:
+                change = bias_delta(layer, slot.base, weight)
+                assert change is not None  # `leaves` told of one
+                bias = bias.to(change) + strength * change
+            adapted.copy_(bias)
+        slot.made[parts] = adapted
+
+
+def _spare(bases: Sequence[Tensor]) -> bool:
+    """Whether memory has room for as much again and for as much beside it, so that who goes back and forth between two
+    settings need not make them anew. On the CPU alone: elsewhere memory is too dear.
+    """
+    if any(base.device.type != "cpu" for base in bases) or "SC_AVPHYS_PAGES" not in os.sysconf_names:
+        return False
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") > 2 * sum(base.nbytes for base in bases)
 
 
 def at(cast: Cast, step: int = 0, steps: int = 1) -> Setting:
