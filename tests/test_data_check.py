@@ -215,14 +215,14 @@ def test_skip_is_the_cleaned_set(number, tmp_path, small_bombs):
 
 def test_what_may_not_be_read(run):
     """A file, a caption and a folder without permission; for root there is no such thing, so it becomes nobody."""
-    place = Path(tempfile.mkdtemp())
+    root = os.geteuid() == 0
+    place = Path(tempfile.mkdtemp(dir="/tmp" if root else None))  # where nobody gets to, whatever TMPDIR is
     place.chmod(0o755)
     try:
         folder = sound(place / "d")
         (folder / "sub").mkdir()
         for name in (SOUND[0], "sound-1.txt", "sub"):
             (folder / name).chmod(0)
-        root = os.geteuid() == 0
         if root:
             os.seteuid(65534)
         try:
