@@ -9,7 +9,7 @@ from ldm.adapters.reading import read_adapter
 from ldm.adapters.strength import Strength
 from ldm.adapters.weights import Cast
 from ldm.checkpoints.components import Components
-from ldm.checkpoints.families import FAMILIES
+from ldm.checkpoints.families import FAMILIES, Family
 from ldm.checkpoints.load import listed
 from ldm.checkpoints.single_file import family_of
 from ldm.errors import ModelError, UsageError, choose
@@ -38,12 +38,18 @@ def load(
     return called
 
 
+def known_family(c: Components) -> Family | None:
+    """The published family that a model is of; None for one of its own kind."""
+    try:
+        return FAMILIES[family_of(c)]
+    except ModelError:
+        return None
+
+
 def title(c: Components) -> str:
     """What to call a model: its family's title, or its own name if it is of none."""
-    try:
-        return FAMILIES[family_of(c)].title
-    except ModelError:
-        return c.name
+    family = known_family(c)
+    return family.title if family else c.name
 
 
 def fetch(c: Components, order: Request, folder: Path | None) -> None:
@@ -62,16 +68,23 @@ def cast_of(c: Components, order: Request) -> Cast:
     """The adapters of a run: those that are loaded, as strong as its prompts say. UsageError: prompts that differ in
     it, for one network has one set of weights at a time.
     """
+    return c.weights.cast(_said(order))
+
+
+def _said(order: Request) -> dict[str, Strength]:
+    """The strengths that the prompts of a run say, by name."""
     said = set(asked(order))
     if len(said) > 1:
         raise UsageError("the prompts of one request name different adapters or strengths; draw them one after another")
-    return c.weights.cast({tag.name: tag.strength for tags in said for tag in tags})
+    return {tag.name: tag.strength for tags in said for tag in tags}
 
 
 def rows(c: Components, order: Request) -> tuple[dict[str, Any], ...]:
     """What a recipe says of the adapters of a run: those with any strength."""
+    said = _said(order)
+    strengths = {name: (one.adapter, said.get(name, one.strength)) for name, one in c.weights.loaded.items()}
     return tuple(
         {"type": "lora", "name": name, "sha256": adapter.sha256, "strength": str(strength)}
-        for name, (adapter, strength) in zip(c.weights.loaded, cast_of(c, order), strict=True)
+        for name, (adapter, strength) in strengths.items()
         if strength != OFF
     )

@@ -5,6 +5,7 @@ import itertools
 import pickle
 import random
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -238,6 +239,40 @@ def test_threads_with_different_adapters_do_not_meet(pipeline, tmp_path):
         thread.join(timeout=60)
         assert not thread.is_alive()
     assert all(torch.equal(results[i], alone[prompt]) for i, prompt in enumerate(prompts))
+
+
+class Yielding(threading.Condition):
+    """A condition after which the others always come first."""
+
+    def __exit__(self, *fault: Any) -> None:
+        super().__exit__(*fault)
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("attempt", range(4))
+def test_adapters_come_and_go_while_others_draw(pipeline, tmp_path, attempt):
+    """A run keeps what it began with though it is unloaded meanwhile, over and over; the base is whole in the end."""
+    pipeline.components.weights._turn = Yielding()
+    path, before = written(pipeline, tmp_path, "a", 1), {key: value.clone() for key, value in state(pipeline).items()}
+    pipeline.load_lora(path)
+    request, results = pipeline("an owl", **{**FIELDS, "num_inference_steps": 12}), list[Tensor]()
+    adapted, runs = request.latents, [pipeline.sample(request.request) for _ in range(3)]
+    for run in runs:
+        next(run)  # each has its adapters now
+
+    def walk(run: Any) -> None:
+        results.append([step.latents for step in run][-1])
+
+    threads = [threading.Thread(target=walk, args=(run,)) for run in runs]
+    for thread in threads:
+        thread.start()
+    loaded = pipeline.components.weights.loaded["a"]
+    while any(thread.is_alive() for thread in threads):
+        pipeline.unload_lora()
+        pipeline.components.weights.load("a", *loaded)
+    pipeline.unload_lora()
+    assert len(results) == 3 and all(torch.equal(result, adapted) for result in results)
+    assert pipeline.unet and equal(state(pipeline), before)
 
 
 def test_two_runs_by_turns(pipeline, tmp_path):

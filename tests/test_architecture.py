@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 # each other, never in a circle. A new file is a new word here; a file that no row names fails.
 FLOORS: tuple[tuple[str, ...], ...] = (
     (
-        "errors",
+        "errors memory",
         "diffusion.schedule",
         "diffusion.prediction",
         "diffusion.continuous diffusion.grids",

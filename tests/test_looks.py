@@ -352,7 +352,7 @@ def lora(path: Path) -> None:
 
 def test_doctor(run, model, monkeypatch, tmp_path):
     """All is well here; of weights with one byte changed the file is named, and the exit code is 1."""
-    monkeypatch.setattr("ldm.runtime.available_bytes", lambda device: 4 << 30)
+    monkeypatch.setattr("ldm.memory.available_bytes", lambda device: 4 << 30)
     done = run("doctor")
     assert done.code == 0 and "FAULT" not in done.out and "whole" in done.out, done.out
     assert torch.__version__.split("+")[0] in done.out
@@ -438,7 +438,8 @@ def published_scale(tmp_path_factory) -> Path:
 def test_the_examples_of_the_help_are_run(run, published_scale, monkeypatch, request, page):
     """Line by line as they stand, in a folder with the files they name, with a small model for the one in the box."""
     monkeypatch.setattr("ldm.sources.model_in_the_box", lambda: published_scale)
-    monkeypatch.setattr("ldm.runtime.available_bytes", lambda device: 4 << 30)
+    for place in ("memory", "runtime"):
+        monkeypatch.setattr(f"ldm.{place}.available_bytes", lambda device: 4 << 30)
     if page[:1] == ("data",):
         request.getfixturevalue("noto_font")
     Path("path/to").mkdir(parents=True)

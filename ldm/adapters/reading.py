@@ -20,6 +20,7 @@ from ldm.adapters.adapter import Adapter, Layer
 from ldm.adapters.names import DIALECTS, PEFT_OWN, TEXT, TEXT_2, UNET, Book, dialect_of, split
 from ldm.adapters.writing import ALPHAS, CONFIGURED, alpha_types
 from ldm.checkpoints.families import recognise
+from ldm.checkpoints.load import finite
 from ldm.checkpoints.pickles import readable
 from ldm.checkpoints.safe import Header, read_header, read_json
 from ldm.errors import ModelError
@@ -221,15 +222,9 @@ def _numbers(path: Path, header: Header) -> tuple[dict[str, Tensor], str]:
             raw = memory[begin + entry.start : begin + entry.end]
             aligned = raw if (begin + entry.start) % entry.dtype.itemsize == 0 else raw.clone()
             found[name] = value = aligned.view(entry.dtype).reshape(entry.shape)
-            if value.dtype.is_floating_point and value.numel() and not _finite(value):
+            if not finite(value):
                 raise ModelError(f"{path} holds a NaN or infinity in {name}; train or fetch it again")
     return found, hashed.result().hexdigest()
-
-
-def _finite(value: Tensor) -> bool:
-    """Whether all numbers are. The least and the greatest tell, NaN is both; 20 times as fast as isfinite on each."""
-    ends = value.float() if value.dtype.itemsize == 1 else value
-    return all(math.isfinite(end) for end in torch.stack(ends.aminmax()).tolist())
 
 
 # -- one layer --------------------------------------------------------------------------------------------------------

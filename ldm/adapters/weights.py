@@ -5,7 +5,6 @@ written to: without adapters, and wherever their strength is 0, the base is in u
 used last stay made where memory allows, so that going back and forth between them costs nothing.
 """
 
-import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from ldm.adapters.adapter import Adapter, Layer
 from ldm.adapters.kinds import bias_delta, delta, factors
 from ldm.adapters.strength import Factors, Strength
 from ldm.errors import ModelError, UsageError, choose
+from ldm.memory import available_bytes
 
 MADE = 2  # adapted tensors of a parameter that are kept where memory allows
 BIASES = frozenset({"diff_b", "b_norm", "lora_up.bias", "on_bias"})
@@ -81,7 +81,8 @@ class _Slot:
 class Weights:
     """The weights of a model and the adapters that are loaded into it.
 
-    loaded: by name. Threads may draw with different adapters at once: `using` lets one setting in at a time.
+    loaded: by name; another table with every change, so that threads may read it. They may draw with different
+    adapters at once: `using` lets one setting in at a time.
     """
 
     def __init__(self, model: Model) -> None:
@@ -100,11 +101,13 @@ class Weights:
 
     def load(self, name: str, adapter: Adapter, strength: Strength) -> None:
         """Add an adapter that fits the model, in place of one of that name; the next `using` brings it into use."""
-        self.loaded[name] = Loaded(adapter, strength)
+        with self._turn:
+            self.loaded = {**self.loaded, name: Loaded(adapter, strength)}
 
     def set(self, name: str, strength: Strength) -> None:
         """Say how strong an adapter is from the next `using` on. UsageError: as `known`."""
-        self.loaded[name] = self.loaded[self.known(name)]._replace(strength=strength)
+        with self._turn:
+            self.loaded = {**self.loaded, name: self.loaded[self.known(name)]._replace(strength=strength)}
 
     def known(self, name: str) -> str:
         """`name`, if an adapter of that name is loaded. UsageError, naming the nearest, otherwise."""
@@ -114,11 +117,12 @@ class Weights:
 
     def unload(self, name: str | None = None) -> None:
         """Take an adapter out, or all of them, and let go of what no other one changes. UsageError: as `known`."""
-        for one in list(self.loaded) if name is None else [self.known(name)]:
-            del self.loaded[one]
-        self.rest()
-        layers = [adapter.layers for adapter, _ in self.loaded.values()]
         with self._turn:
+            gone = {*self.loaded} if name is None else {self.known(name)}
+            self.loaded = {name: one for name, one in self.loaded.items() if name not in gone}
+            cast = self.cast()
+        layers = [adapter.layers for adapter, _ in cast]
+        with self.using(at(cast)), self._turn:  # nobody else changes the weights meanwhile
             for (address, leaf), slot in list(self._slots.items()):
                 left = {own[address] for own in layers if address in own}
                 slot.made = {parts: made for parts, made in slot.made.items() if left >= {layer for layer, _ in parts}}
@@ -219,9 +223,8 @@ def _spare(bases: Sequence[Tensor]) -> bool:
     """Whether memory has room for as much again and for as much beside it, so that who goes back and forth between two
     settings need not make them anew. On the CPU alone: elsewhere memory is too dear.
     """
-    if any(base.device.type != "cpu" for base in bases) or "SC_AVPHYS_PAGES" not in os.sysconf_names:
-        return False
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") > 2 * sum(base.nbytes for base in bases)
+    cpu = all(base.device.type == "cpu" for base in bases)
+    return cpu and available_bytes(torch.device("cpu")) > 2 * sum(base.nbytes for base in bases)
 
 
 def at(cast: Cast, step: int = 0, steps: int = 1) -> Setting:

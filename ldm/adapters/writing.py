@@ -18,6 +18,7 @@ from torch import Tensor
 from ldm.adapters import kinds
 from ldm.adapters.adapter import Adapter, Layer
 from ldm.adapters.names import TEXT, TEXT_2, UNET, Book
+from ldm.checkpoints.load import finite
 from ldm.checkpoints.safe import CODES, DTYPES, atomic_folder, atomic_json, atomic_save_safetensors
 from ldm.errors import ModelError, UsageError, choose
 
@@ -237,7 +238,7 @@ def _peft(
 def _cast(address: str, value: Tensor, dtype: torch.dtype | None) -> Tensor:
     """A tensor as it is stored. ModelError: it is not finite there."""
     stored = value.detach().to("cpu", dtype if value.is_floating_point() else None).contiguous()
-    if not stored.float().isfinite().all():
+    if not finite(stored):
         raise ModelError(f"{address} is not finite in {stored.dtype}; write it in float32 if it is in the adapter")
     return stored
 

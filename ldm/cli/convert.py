@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from ldm.cli.common import printable, progress_bar, refuse_unwritable, say
-from ldm.errors import LdmError, NumericalError, UsageError, choose
+from ldm.errors import LdmError, NumericalError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -55,9 +55,7 @@ def convert(
     The numbers stay as they are unless --dtype asks for others. What is written appears whole or not at all; stdout
     says what it was and what was written.
     """
-    from ldm.runtime import DTYPES
-
-    out = Out(target, None if dtype is None else DTYPES[choose("dtype", dtype, DTYPES)], max_shard_size)
+    out = Out(target, type_of(dtype), max_shard_size)
     refuse(source, target, overwrite)
     if source.is_dir() and (ema or prediction_type):
         raise UsageError(f"--ema and --prediction-type are for single files, and {source} is a folder")
@@ -70,13 +68,27 @@ def convert(
     except KeyboardInterrupt:
         say("stopped: nothing was written")
         raise typer.Exit(130) from None
-    rows |= written(target)
+    show(rows | written(target), as_json)
+
+
+def type_of(dtype: str | None) -> "torch.dtype | None":
+    """The type that is asked for; None: as it is. UsageError: unknown."""
+    import torch
+
+    from ldm.runtime import resolve_dtype
+
+    return None if dtype is None else resolve_dtype(dtype, torch.device("cpu"))
+
+
+def show(rows: Rows, as_json: bool) -> None:
+    """A report on stdout: a name and a line, or several, for each row; or one JSON object."""
     if as_json:
         print(json.dumps(rows))
         return
+    width = max(map(len, rows), default=0)
     for name, value in rows.items():
         for i, line in enumerate(value if isinstance(value, list) else [value]):
-            print(f"{'' if i else name:<7}  {printable(f'{line:,}' if isinstance(line, int) else str(line))}")
+            print(f"{'' if i else name:<{width}}  {printable(f'{line:,}' if isinstance(line, int) else str(line))}")
 
 
 def refuse(source: Path, target: Path, overwrite: bool) -> None:

@@ -64,7 +64,7 @@ def machine() -> Iterator[Finding]:
     import torch
 
     from ldm.data.emoji import find_font
-    from ldm.runtime import available_bytes
+    from ldm.memory import available_bytes
 
     cores, threads = os.cpu_count() or 1, torch.get_num_threads()
     capability = torch.backends.cpu.get_cpu_capability()

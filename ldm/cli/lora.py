@@ -1,6 +1,5 @@
 """`ldm lora`: what adapters hold, from one dialect to another, into a model, out of two, together, smaller."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -9,7 +8,7 @@ import typer
 
 from ldm.adapters.strength import file_option
 from ldm.cli.common import examples, number, printable, say, whole
-from ldm.cli.convert import Out, Rows, refuse, save, working, written
+from ldm.cli.convert import Out, Rows, refuse, save, show, type_of, working, written
 from ldm.errors import ModelError, UsageError, choose
 
 if TYPE_CHECKING:
@@ -302,15 +301,10 @@ def components_of(model: str | None, allow_pickle: bool) -> Any:
 
 def titles(c: Any) -> tuple[str, str]:
     """What a model is called, and its architecture in metadata ("" for one of no family)."""
-    from ldm.checkpoints.families import FAMILIES
-    from ldm.checkpoints.single_file import PREDICTIONS, family_of
+    from ldm.loras import known_family, title
 
-    try:
-        family = FAMILIES[family_of(c)]
-    except ModelError:
-        return c.name, ""
-    prediction = c.scheduler_config.get("prediction_type", "epsilon")
-    return family.title, family.architectures[prediction if prediction in PREDICTIONS else "epsilon"]
+    family, prediction = known_family(c), c.scheduler_config.get("prediction_type", "epsilon")
+    return title(c), family.architectures.get(prediction, family.architectures["epsilon"]) if family else ""
 
 
 def refuse_output(output: Path, to: str, overwrite: bool) -> None:
@@ -320,13 +314,6 @@ def refuse_output(output: Path, to: str, overwrite: bool) -> None:
         raise UsageError(f"{output}: {to} writes {'a file that ends in .safetensors' if suffix else 'a folder'}")
     if output.exists() and not overwrite:
         raise UsageError(f"{output} exists; add --overwrite to replace, or choose another name")
-
-
-def type_of(dtype: str | None) -> Any:
-    """A torch.dtype of its name."""
-    from ldm.runtime import DTYPES
-
-    return None if dtype is None else DTYPES[choose("dtype", dtype, DTYPES)]
 
 
 def kept(rank: int | None, measure: str | None) -> "Keep":
@@ -368,12 +355,8 @@ def errors_of(fitted: "Fitted") -> Rows:
 
 
 def tell(rows: Rows, as_json: bool) -> None:
-    """The report on stdout, notes on stderr."""
-    if as_json:
-        print(json.dumps(rows))
-        return
-    for note in rows.pop("notes", []):
-        say(f"note: {printable(note)}")
-    for name, value in rows.items():
-        for i, line in enumerate(value if isinstance(value, list) else [value]):
-            print(f"{'' if i else name:<8}  {printable(f'{line:,}' if isinstance(line, int) else str(line))}")
+    """The report on stdout; of one for people, notes are on stderr."""
+    if not as_json:
+        for note in rows.pop("notes", []):
+            say(f"note: {printable(note)}")
+    show(rows, as_json)

@@ -8,9 +8,21 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from ldm.cli.common import number, printable, say
-from ldm.cli.convert import PREDICTS, SINGLE, Out, Rows, noted, refuse, save, working, written
-from ldm.errors import ModelError, UsageError, choose
+from ldm.cli.common import number, say
+from ldm.cli.convert import (
+    PREDICTS,
+    SINGLE,
+    Out,
+    Rows,
+    noted,
+    refuse,
+    save,
+    show,
+    type_of,
+    working,
+    written,
+)
+from ldm.errors import ModelError, UsageError
 from ldm.foreign import json_object
 
 if TYPE_CHECKING:
@@ -75,9 +87,7 @@ def merge(
 
     Everything else, from the tokenizer to the scheduler, is A's. What is written appears whole or not at all.
     """
-    from ldm.runtime import DTYPES
-
-    out = Out(output, None if dtype is None else DTYPES[choose("dtype", dtype, DTYPES)], max_shard_size)
+    out = Out(output, type_of(dtype), max_shard_size)
     for source in models:
         refuse(source, output, overwrite)
     if prediction_type and all(source.is_dir() for source in models):
@@ -90,23 +100,15 @@ def merge(
     except KeyboardInterrupt:
         say("stopped: nothing was written")
         raise typer.Exit(130) from None
-    if as_json:
-        print(json.dumps(rows))
-        return
-    for name, value in rows.items():
-        for i, line in enumerate(lines_of(name, value)):
-            print(f"{'' if i else name:<7}  {printable(line)}")
+    show(rows if as_json else rows | {"plan": lines_of(rows["plan"])}, as_json)
 
 
-def lines_of(name: str, value: Any) -> list[str]:
-    """A row of the report as lines."""
-    if name == "plan":
-        places = [row["block"] if "." in row["block"] else f"{row['network']} {row['block']}".strip() for row in value]
-        width = max(map(len, places))
-        return [f"{place:<{width}}  {row['formula']}  ({row['tensors']} tensors)"
-                for place, row in zip(places, value, strict=True)]  # fmt: skip
-    lines = value if isinstance(value, list) else [value]
-    return [f"{line:,}" if isinstance(line, int) else str(line) for line in lines]
+def lines_of(plan: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The plan as lines."""
+    places = [row["block"] if "." in row["block"] else f"{row['network']} {row['block']}".strip() for row in plan]
+    width = max(map(len, places))
+    return [f"{place:<{width}}  {row['formula']}  ({row['tensors']} tensors)"
+            for place, row in zip(places, plan, strict=True)]  # fmt: skip
 
 
 def merged(models: Sequence[Path], asked: Asked, out: Out, allow_pickle: bool, prediction_type: str | None,

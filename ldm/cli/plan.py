@@ -18,8 +18,9 @@ def plan(pipeline: "Pipeline", pictures: Sequence[Request], paths: Sequence[Path
     """The resolved plan as text, or as JSON. Nothing is drawn; UsageError where drawing would be refused at once."""
     import torch
 
+    from ldm.memory import available_bytes
     from ldm.recipe import fields_of
-    from ldm.runtime import available_bytes, short_name, working_bytes
+    from ldm.runtime import short_name, working_bytes
 
     networks = pipeline.components.networks.values()
     weights = sum(p.numel() * p.element_size() for network in networks for p in network.parameters())
