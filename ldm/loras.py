@@ -9,10 +9,9 @@ from ldm.adapters.reading import read_adapter
 from ldm.adapters.strength import Strength
 from ldm.adapters.weights import Cast
 from ldm.checkpoints.components import Components
-from ldm.checkpoints.families import FAMILIES, Family
 from ldm.checkpoints.load import listed
-from ldm.checkpoints.single_file import family_of
-from ldm.errors import ModelError, UsageError, choose
+from ldm.checkpoints.single_file import known_family
+from ldm.errors import UsageError, choose
 from ldm.prompts import asked
 from ldm.request import Request
 
@@ -36,14 +35,6 @@ def load(
         c.notes += (f"of the adapter {called}, {lost}",)
     c.weights.load(called, found.adapter, strength)
     return called
-
-
-def known_family(c: Components) -> Family | None:
-    """The published family that a model is of; None for one of its own kind."""
-    try:
-        return FAMILIES[family_of(c)]
-    except ModelError:
-        return None
 
 
 def title(c: Components) -> str:

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoints.components import TASKS, TOKENIZERS, Components, check_fit
-from ldm.checkpoints.families import FAMILIES
 from ldm.checkpoints.load import finite
-from ldm.checkpoints.single_file import FREE, family_of
+from ldm.checkpoints.single_file import FREE, known_family
 from ldm.checkpoints.spelling import Spelling, spelled, unet_rules
 from ldm.errors import ModelError, NumericalError, UsageError, choose
 from ldm.models.unet import UNetConfig
@@ -261,10 +260,8 @@ def _faults(a: Components, b: Components, names: Sequence[str]) -> Iterator[str]
 
 
 def _title(components: Components) -> str:
-    try:
-        return f"of the family {FAMILIES[family_of(components)].title}"
-    except ModelError:
-        return "of no published family"
+    family = known_family(components)
+    return f"of the family {family.title}" if family else "of no published family"
 
 
 def _words(c: Components) -> list[Any]:

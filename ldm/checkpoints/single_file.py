@@ -281,6 +281,14 @@ def family_of(components: Components) -> str:
     )
 
 
+def known_family(components: Components) -> Family | None:
+    """The published family that a model is of; None for one of its own kind."""
+    try:
+        return FAMILIES[family_of(components)]
+    except ModelError:
+        return None
+
+
 def _alike(a: object, b: Any) -> bool:
     """Whether two configurations make the same network."""
     return type(a) is type(b) and all(value == getattr(b, name) for name, value in vars(a).items() if name not in FREE)

@@ -301,7 +301,8 @@ def components_of(model: str | None, allow_pickle: bool) -> Any:
 
 def titles(c: Any) -> tuple[str, str]:
     """What a model is called, and its architecture in metadata ("" for one of no family)."""
-    from ldm.loras import known_family, title
+    from ldm.checkpoints.single_file import known_family
+    from ldm.loras import title
 
     family, prediction = known_family(c), c.scheduler_config.get("prediction_type", "epsilon")
     return title(c), family.architectures.get(prediction, family.architectures["epsilon"]) if family else ""
