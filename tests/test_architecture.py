@@ -22,7 +22,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "diffusion.continuous diffusion.grids",
         "diffusion.spacing",
         "diffusion.guidance",
-        "diffusion.losses",
+        "diffusion.losses diffusion.noising",
         "diffusion",
         "schedulers.solver",
         "schedulers.exponential",

@@ -16,6 +16,23 @@ from ldm.errors import UsageError, choose
 Network = Callable[[Tensor, Tensor], Tensor]
 """(noisy x at unit variance [B, ...], t [B]) -> output [B, ...]"""
 
+# Khrapov et al. 2024 (arXiv:2403.16728), as kohya's scripts and diffusers' scheduled_huber_loss_training name and scale
+# them. "huber" is the pseudo-Huber 2 c (sqrt(r^2 + c^2) - c): r^2 near 0 and 2 c |r| far out; "smooth_l1" is that over
+# c. Written as below, for the difference of two nearly equal numbers would keep few digits of a small residual's loss.
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "l2": lambda square, c: square,
+    "huber": lambda square, c: 2 * c * square / ((square + c.square()).sqrt() + c),
+    "smooth_l1": lambda square, c: 2 * square / ((square + c.square()).sqrt() + c),
+}
+"""(squared residual [B, ...], c [B, 1, ...]) -> the loss of each place."""
+
+HUBER_SCHEDULES: dict[str, Callable[[float, Array], Array]] = {
+    "snr": lambda c, sigmas: (1 - c) / (1 + sigmas) ** 2 + c,  # kohya's: from 1 without noise to c
+    "exponential": lambda c, sigmas: c ** (np.arange(len(sigmas)) / len(sigmas)),  # c^(t/T), the authors'
+    "constant": lambda c, sigmas: np.full_like(sigmas, c),
+}
+"""(huber_c, sigmas [T]) -> c at every level [T]."""
+
 
 def min_snr_weights(alphas_cumprod: Array, prediction: str, gamma: float) -> Array:
     """min-SNR-gamma weights of the squared error of a network's output: Hang et al. 2023 (arXiv:2303.09556), eq. 8.
@@ -36,20 +53,31 @@ def min_snr_weights(alphas_cumprod: Array, prediction: str, gamma: float) -> Arr
 
 @dataclass(frozen=True, eq=False)
 class DiffusionLoss:
-    """Mean squared error of a network's prediction at random levels of a schedule, per sample: Ho et al. 2020, eq. 14.
+    """The error of a network's prediction at random levels of a schedule, per sample: squared (Ho et al. 2020, eq. 14)
+    or one that grows more slowly, so that outliers in the data count less.
 
     prediction: a name of PREDICTIONS.
-    snr_gamma: min-SNR weighting with this gamma (the paper's is 5); None weighs all levels alike.
-    UsageError: unknown prediction, gamma not above 0, or epsilon with a schedule of zero terminal SNR (at that level
-    the network's input is the noise itself, which teaches nothing, and sampling could not begin there).
+    snr_gamma: min-SNR weighting with this gamma (the paper's is 5); None weighs all levels alike. Made for the squared
+    error; the others are weighed by the same numbers, as kohya's scripts do.
+    loss_type: a name of LOSSES. huber_c: residual at which they turn from square to straight, in units of the target;
+    at low noise it is larger, unless huber_schedule (a name of HUBER_SCHEDULES) is constant. Both are idle for "l2".
+    UsageError: unknown names, gamma or huber_c not above 0, or epsilon with a schedule of zero terminal SNR (at that
+    level the network's input is the noise itself, which teaches nothing, and sampling could not begin there).
     """
 
     schedule: NoiseSchedule
     prediction: str = "epsilon"
     snr_gamma: float | None = None
+    loss_type: str = "l2"
+    huber_c: float = 0.1
+    huber_schedule: str = "snr"
 
     def __post_init__(self) -> None:
         choose("prediction", self.prediction, PREDICTIONS)
+        choose("loss_type", self.loss_type, LOSSES)
+        choose("huber_schedule", self.huber_schedule, HUBER_SCHEDULES)
+        if not 0 < self.huber_c < math.inf:
+            raise UsageError(f"huber_c is {self.huber_c}; it must be a finite number above 0")
         if self.snr_gamma is not None and not 0 < self.snr_gamma < math.inf:
             raise UsageError(
                 f"snr_gamma is {self.snr_gamma}; it must be a finite number above 0, or None for no weighting"
@@ -57,11 +85,26 @@ class DiffusionLoss:
         if self.prediction == "epsilon" and self.schedule.zero_terminal_snr:
             raise UsageError("epsilon prediction cannot start from zero terminal SNR; use v_prediction or sample")
 
-    def __call__(self, network: Network, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """x0, noise [B, ...] of one dtype; t [B] integers in 0 .. T-1 -> float32 [B] (float64 if x0 is), weighted."""
+    def __call__(
+        self,
+        network: Network,
+        x0: Tensor,
+        t: Tensor,
+        noise: Tensor,
+        mask: Tensor | None = None,
+        seen: Tensor | None = None,
+    ) -> Tensor:
+        """x0, noise [B, ...] of one dtype; t [B] integers in 0 .. T-1 -> float32 [B] (float64 if x0 is), weighted.
+
+        mask: [B, 1, ...] in [0, 1], which multiplies the error of each place, so that none comes from where it is 0.
+        The mean is still over all places, as in kohya's scripts: a picture that is masked by half counts half.
+        seen: the noise in the network's input where that is not the `noise` of the target (`noising.perturbed`).
+        """
         target = self.target(x0, t, noise)
-        output = network(self.noised(x0, t, noise), t)
-        loss = (output.to(target.dtype) - target).square().flatten(1).mean(1)
+        output = network(self.noised(x0, t, noise if seen is None else seen), t)
+        square = (output.to(target.dtype) - target).square()
+        error = LOSSES[self.loss_type](square, _at(self._huber_c, t, square))
+        loss = (error if mask is None else error * mask.to(error.dtype)).flatten(1).mean(1)
         return loss if self._weights is None else loss * _at(self._weights, t, loss)
 
     def noised(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
@@ -79,6 +122,10 @@ class DiffusionLoss:
     def _rates(self, x0: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         table = self.schedule.alphas_cumprod
         return _at(np.sqrt(table), t, x0), _at(np.sqrt(1 - table), t, x0)
+
+    @cached_property
+    def _huber_c(self) -> Array:
+        return HUBER_SCHEDULES[self.huber_schedule](self.huber_c, self.schedule.sigmas)
 
     @cached_property
     def _weights(self) -> Array | None:
