@@ -98,12 +98,18 @@ class TextEncoder:
         more. The final norm is applied in either case, but for penultimate states. UsageError for no prompts at all, or
         a clip_skip beyond the layers.
         """
+        # One prompt a call: matrix products sum in another order for another batch size, and an image may not depend
+        # on its neighbours to the last bit.
+        return self.states(prompts, clip_skip, 1)
+
+    def states(self, prompts: Sequence[str], clip_skip: int | None = None, at_once: int | None = None) -> Conditioning:
+        """The same with gradients, for training: so many prompts a call of the network, by default all, and then the
+        last bits depend on the other prompts. Equal ones, such as the negative ones, are encoded once.
+        """
         if not prompts:
             raise UsageError("no prompts; give at least one (it may be empty)")
         unique = list(dict.fromkeys(prompts))
-        # One prompt a call: matrix products sum in another order for another batch size, and an image may not depend
-        # on its neighbours to the last bit. Equal prompts, such as the negative ones, are encoded once.
-        parts = [self._encode(row[None], clip_skip) for row in self.tokenizer(unique).ids]
+        parts = [self._encode(ids, clip_skip) for ids in self.tokenizer(unique).ids.split(at_once or len(unique))]
         return Conditioning.cat(parts).select([unique.index(prompt) for prompt in prompts])
 
     @torch.no_grad()
@@ -123,7 +129,7 @@ class TextEncoder:
         return [word.ids for word in self.tokenizer.words(text)]
 
     def _encode(self, ids: Tensor, clip_skip: int | None) -> Conditioning:
-        """One window of ids [1, T]."""
+        """Windows of ids [B, T]."""
         skip = (clip_skip or 0) + self.penultimate
         context, pooled = self.model(ids.to(next(self.model.parameters()).device), skip=skip)
         if skip and not self.penultimate:
@@ -155,8 +161,11 @@ class JoinedEncoders:
 
     def __call__(self, prompts: Sequence[str], clip_skip: int | None = None) -> Conditioning:
         """Context [B, T, D1 + D2 + ...] and pooled vectors [B, D']; otherwise as TextEncoder."""
-        said = [part(prompts, clip_skip) for part in self.parts]
-        return Conditioning(torch.cat([one.context for one in said], -1), said[-1].pooled)
+        return _side_by_side([part(prompts, clip_skip) for part in self.parts])
+
+    def states(self, prompts: Sequence[str], clip_skip: int | None = None) -> Conditioning:
+        """The same with gradients, as of TextEncoder."""
+        return _side_by_side([part.states(prompts, clip_skip) for part in self.parts])
 
     def read(self, pieces: Sequence[Piece], clip_skip: int | None = None) -> Conditioning:
         """Context [1, n T, D1 + D2 + ...] and pooled vector [1, D'] of one prompt; otherwise as TextEncoder."""
@@ -165,7 +174,7 @@ class JoinedEncoders:
         for i, one in enumerate(said):
             if one.context.shape[1] < longest:  # where the tokenizers differ in more than their padding
                 said[i] = one.padded(longest, self.parts[i]([""], clip_skip))
-        return Conditioning(torch.cat([one.context for one in said], -1), said[-1].pooled)
+        return _side_by_side(said)
 
     @property
     def room(self) -> int:
@@ -181,3 +190,8 @@ class JoinedEncoders:
         """For each prompt the words that a part does not see."""
         rows = zip(*(part.dropped(prompts) for part in self.parts), strict=True)
         return tuple(max(row, key=len) for row in rows)
+
+
+def _side_by_side(said: Sequence[Conditioning]) -> Conditioning:
+    """What several encoders say of the same prompts, as one."""
+    return Conditioning(torch.cat([one.context for one in said], -1), said[-1].pooled)
