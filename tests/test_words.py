@@ -101,7 +101,7 @@ def apart(a: Conditioning, b: Conditioning) -> float:
 
 @pytest.mark.parametrize("clip_skip", [None, 1])
 def test_states_equal_those_of_a_call(either, clip_skip):
-    """The whole batch in one call of each network, where a call of the encoder takes them one by one; equal ones once."""
+    """All in one call of each network, where a call of the encoder takes them one by one; equal ones once."""
     learned(either)
     encoder, sizes = encoder_of(either), []
     for network in encoders(either).values():
@@ -227,7 +227,7 @@ def test_beginnings(pair, dtype, count):
     for said, spelt in {"an owl": ("an</w>", "owl</w>"), "zq": ("z", "q</w>")}.items():
         ids = [vocab[token] for token in spelt * 5][:count]
         for key, row in Words.for_model(pair, f"<{said[0]}>", said, count).rows.items():
-            assert torch.equal(row, tables[key][ids].float())
+            assert row.dtype == torch.float32 and torch.equal(row, tables[key][ids].float())
     for key, row in Words.for_model(plain, "<mean>", " \n", count).rows.items():
         mean = tables[key][:size].double().mean(0)
         assert row.shape == (count, len(mean)) and (row - mean).abs().max() <= 1e-6
