@@ -11,11 +11,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ldm.pipeline import Pipeline, Result
     from ldm.request import Request
+    from ldm.training.lora import train_lora
 
 __version__ = "0.1.0"
-__all__ = ["Pipeline", "Request", "Result", "__version__"]
+__all__ = ["Pipeline", "Request", "Result", "__version__", "train_lora"]
 
-_HOMES = {"Pipeline": "ldm.pipeline", "Request": "ldm.request", "Result": "ldm.pipeline"}
+_HOMES = {
+    "Pipeline": "ldm.pipeline",
+    "Request": "ldm.request",
+    "Result": "ldm.pipeline",
+    "train_lora": "ldm.training.lora",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -53,21 +53,27 @@ class LowRank(nn.Module):
         up = weight.new_zeros(len(weight), rank, *[1] * (weight.ndim - 2))
         return cls(down, up, alpha, _norm(weight) if dora else None)
 
-    def forward(self, base: Base, x: Tensor, y: Tensor) -> Tensor:
-        """What is to be added to y = base(x), of y's type. Outside autocast it is computed in float32."""
-        down, up = self.down, self.up
+    def forward(self, base: Base, x: Tensor, y: Tensor, scale: float = 1.0) -> Tensor:
+        """y = base(x) with the branch `scale` strong, of y's type. Outside autocast the branch is in float32."""
+        down, up, share = self.down, self.up, self.alpha / len(self.down)
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(down.dtype)
+        if self.magnitude is None:
+            share *= scale
+        # The factor goes where there are fewest numbers, between the two.
         if isinstance(base, nn.Conv2d):
-            branch = F.conv2d(F.conv2d(x, down, None, base.stride, base.padding, base.dilation), up)
+            inner = F.conv2d(x, down, None, base.stride, base.padding, base.dilation) * share
+            branch = F.conv2d(inner, up)
         else:
-            branch = F.linear(F.linear(x, down), up)
-        branch = branch * (self.alpha / len(down))
-        if self.magnitude is not None:
-            gain = self._gain(base, self.magnitude).reshape(-1, *[1] * (up.ndim - 2))  # along the channels of y
-            bare = y if base.bias is None else y - base.bias.reshape(gain.shape)
-            branch = (gain - 1) * bare + gain * branch
-        return branch.to(y.dtype)
+            inner = F.linear(x, down) * share
+            if self.magnitude is None and inner.dtype == y.dtype:  # product and sum at once
+                return torch.addmm(y.flatten(0, -2), inner.flatten(0, -2), up.t()).reshape(y.shape)
+            branch = F.linear(inner, up)
+        if self.magnitude is None:
+            return y + branch.to(y.dtype)
+        gain = self._gain(base, self.magnitude).reshape(-1, *[1] * (up.ndim - 2))  # along the channels of y
+        bare = y if base.bias is None else y - base.bias.reshape(gain.shape)
+        return y + scale * ((gain - 1) * bare + gain * branch).to(y.dtype)
 
     def _gain(self, base: Base, magnitude: Tensor) -> Tensor:
         """magnitude / |W0 + alpha / r * up @ down| over all axes but the outputs'. The norm counts as a constant: its
@@ -200,8 +206,8 @@ class LoRA(nn.Module):
 
 
 def _add(layer: LowRank, scale: float, module: Base, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
-    added: Tensor = layer(module, args[0], y)
-    return y + scale * added
+    changed: Tensor = layer(module, args[0], y, scale)
+    return changed
 
 
 def _module(networks: Mapping[str, nn.Module], address: str) -> Base:

@@ -43,6 +43,12 @@ def title(c: Components) -> str:
     return family.title if family else c.name
 
 
+def architecture(c: Components) -> str:
+    """What files of adapters call a model (modelspec.architecture); "" where it is of no family."""
+    family, prediction = known_family(c), c.scheduler_config.get("prediction_type", "epsilon")
+    return family.architectures.get(prediction, family.architectures["epsilon"]) if family else ""
+
+
 def fetch(c: Components, order: Request, folder: Path | None) -> None:
     """Load what prompts name and is not there yet from NAME.safetensors in a folder or one below it. UsageError: there
     is none of that name.

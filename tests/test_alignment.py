@@ -14,7 +14,17 @@ from PIL import Image
 
 from ldm.data.emoji import BACKGROUNDS, CorpusConfig, EmojiScenes, SceneSpec
 from ldm.errors import UsageError
-from ldm.evaluation.alignment import Judge, Judged, Report, Score, evaluate, ground_truth, prompts
+from ldm.evaluation.alignment import (
+    GlyphScenes,
+    Judge,
+    Judged,
+    Report,
+    Score,
+    evaluate,
+    glyph_prompts,
+    ground_truth,
+    prompts,
+)
 from ldm.evaluation.matching import shrunk
 from ldm.evaluation.reconstruction import first_stage_psnr, psnr
 from ldm.models.vae import AutoencoderKL, VAEConfig
@@ -204,6 +214,56 @@ def test_it_is_fast(judge, scenes):
     for scene in drawn:
         judge.judge(scene.image, scene.spec)
     assert (time.process_time() - begun) / len(drawn) < 0.1
+
+
+# -- an object that an adapter taught ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def with_anchor(noto_font):
+    """The corpus and an anchor, which is none of its objects, under a made-up name."""
+    anchor = EmojiScenes(CorpusConfig(objects=0, always=("anchor",))).sprite("anchor", 128)
+    return GlyphScenes("zorbik", anchor)
+
+
+def test_a_new_object_is_asked_for_in_contexts_held_out(with_anchor, scenes):
+    """Seven of ten alone, three beside another, which takes turns; never in a context that may be trained on."""
+    specs = glyph_prompts(with_anchor)
+    assert (
+        len(specs) == 200
+        and sum(bool(s.relation) for s in specs) == 60
+        and glyph_prompts(with_anchor, 40) == specs[:40]
+    )
+    trained, judged = (with_anchor.contexts(held_out) for held_out in (False, True))
+    assert {s.background for s in specs if not s.relation} == set(judged[0]) == set(BACKGROUNDS) - set(trained[0])
+    others = {name for s in specs for name in s.objects} - {"zorbik"}
+    assert others == set(judged[1]) == set(scenes.names) - set(trained[1])
+    assert min(map(len, (*trained, *judged))) >= 5 and all("zorbik" in s.objects for s in specs)
+    assert {s.objects.index("zorbik") for s in specs if s.relation} == {0, 1}
+
+
+def test_a_new_object_is_seen_where_it_is_and_nowhere_else(with_anchor, scenes):
+    """All objects of the corpus are its rivals: the new one is found in its own scenes, and in none of theirs."""
+    judge, specs = Judge(with_anchor), glyph_prompts(with_anchor, 20)
+    assert wrong(judge, with_anchor, specs) == []
+    for scene in ground_truth(scenes, prompts(scenes, 30)):
+        asked = SceneSpec(("zorbik", *scene.spec.objects[1:]), scene.spec.background, scene.spec.relation)
+        verdict = judge.judge(scene.image, asked)
+        assert not verdict.objects[0] and verdict.relation != bool(asked.relation) and not verdict.all_right
+        assert judge.judge(scene.image, scene.spec).all_right
+
+
+def test_the_report_on_a_new_object(with_anchor):
+    specs = glyph_prompts(with_anchor, 10)
+    *rows, report = evaluate(Oracle(with_anchor, specs), with_anchor, 10)
+    assert [r.spec for r in rows] == specs
+    assert report.scores()[0] == Score("zorbik, alone or beside another", 10, 10, 0.7)
+
+
+def test_refuses_a_new_object_that_is_none(with_anchor):
+    for name, picture in (("owl", Image.new("RGBA", (8, 8), "red")), ("zorbik", Image.new("RGBA", (8, 8)))):
+        with pytest.raises(UsageError, match="cannot be judged"):
+            GlyphScenes(name, picture)
 
 
 # -- figures ----------------------------------------------------------------------------------------------------------

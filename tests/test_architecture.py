@@ -60,7 +60,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     ("cli cli.*", "server server.*", "__main__", "<ldm>"),
 )  # fmt: skip
-CODE_LINES = {0: 1600, 1: 1000, 2: 4900}  # per floor, without blank lines, comments and docstrings
+CODE_LINES = {0: 1600, 1: 1000, 2: 4950}  # per floor, without blank lines, comments and docstrings
 FILE_LINES, FUNCTION_LINES = 400, 60
 THIRD_PARTY = {0: {"torch", "numpy"}, 1: {"torch"}}  # all that the lower floors may import from outside
 HOMES = {

@@ -446,9 +446,41 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch) -> None
         pass
 
 
+def test_a_power_cut_takes_nothing_that_was_written(tmp_path, monkeypatch) -> None:
+    """All contents and names of a new folder are synced before it gets its name; then that name, and those of the
+    folders made for it.
+    """
+    events: list[object] = []
+    fsync, rename = os.fsync, Path.rename
+    monkeypatch.setattr(os, "fsync", lambda handle: (events.append(os.fstat(handle).st_ino), fsync(handle)))
+    monkeypatch.setattr(Path, "rename", lambda self, to: (events.append("rename"), rename(self, to))[1])
+    path = tmp_path / "new" / "deep" / "model"
+    with atomic_folder(path) as staging:
+        (staging / "unet").mkdir()
+        for name in ("a", "unet/b"):
+            (staging / name).write_text(name)
+    named = max(i for i, event in enumerate(events) if event == "rename")  # the first finds no old folder
+    assert {item.stat().st_ino for item in (path, *path.rglob("*"))} <= set(events[:named])
+    assert {folder.stat().st_ino for folder in (path.parent, path.parent.parent, tmp_path)} == set(events[named + 1 :])
+    events.clear()
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (events.append("rename"), replace(a, b)))
+    atomic_bytes(path / "c", b"c")
+    assert events == [(path / "c").stat().st_ino, "rename", path.stat().st_ino]
+
+
+def test_a_lone_number_may_lie_with_any_stride(tmp_path) -> None:
+    """torch calls it contiguous: every third element of one, say."""
+    lone = torch.tensor([2.5])[::3]
+    assert lone.stride() == (3,)
+    atomic_save_safetensors({"a": lone, "b": lone[:0], "c": lone[0]}, tmp_path / "a.safetensors")
+    found = safetensors.torch.load_file(tmp_path / "a.safetensors")
+    assert {name: value.tolist() for name, value in found.items()} == {"a": [2.5], "b": [], "c": 2.5}
+
+
 def test_manifests_are_read_by_sha256sum_and_find_every_difference(tmp_path) -> None:
     (tmp_path / "unet").mkdir()
-    for name in ("unet/a.bin", "b.txt", "c d.txt", "e.txt"):
+    for name in ("unet/a.bin", "b.txt", "c d.txt", "e.txt", "f\u2028g\x1c.txt"):
         (tmp_path / name).write_text(name)
     write_manifest(tmp_path)
     assert check_manifest(tmp_path) == {}

@@ -46,6 +46,10 @@ EXAMPLES = [path.name for path in sorted((ROOT / "examples").glob("*.py"))]
 NEED_FONT = ("train", "data", "eval")
 # --set for the commands of training, behind those of the page: without them they would take minutes.
 TINY = ["loop.batch_size=2", "loop.steps=2", "loop.warmup_steps=1", "loop.workers=0", "loop.threads=1"]
+FEW_STEPS = (
+    "--max-train-steps 2 --train-batch-size 1 --resolution 16 --bucket-step 8 --min-side 8 --threads 1 --rank 1 "
+    "--validation-prompt owl --validation-steps 2"
+)
 TINY_STAGES = {
     "first-stage": [
         "vae.block_out_channels=[4,8]", "vae.layers_per_block=1", "vae.norm_num_groups=2", "vae.sample_size=16",
@@ -186,10 +190,16 @@ def place(run, tmp_path, monkeypatch, quick, model, narrow, owned) -> Iterator[P
     shutil.copytree(owned / "downloaded-model", tmp_path / "downloaded-model")
     for name, family in narrow.items():
         monkeypatch.setitem(FAMILIES, name, family)
+    for name in ("my-pictures", "out/zorbik/pictures", "out/zorbik/class", "out/gray/pictures", "out/blorp/pictures"):
+        (tmp_path / name).mkdir(parents=True)
+        for i in range(3):
+            Image.new("RGB", (16, 16), (90 * i, 40, 200)).save(tmp_path / name / f"{i}.png")
+            (tmp_path / name / f"{i}.txt").write_text(f"an owl, {i}\n")
+    Image.new("RGBA", (32, 32), "blue").save(tmp_path / "out" / "zorbik" / "zorbik.png")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(owned / "hub"))
     monkeypatch.setattr("ldm.sources.model_in_the_box", lambda: model)
     monkeypatch.setattr("ldm.evaluation.alignment.first_stage_psnr", lambda *_: 12.5)
-    monkeypatch.setattr("ldm.training.loop.plot", lambda *_: None)
+    monkeypatch.setattr("ldm.training.record.plot", lambda *_: None)
     monkeypatch.setattr("ldm.sources.open_folder", opened_once())
     for name, value in BESIDE_STEPS.items():
         monkeypatch.setattr(name, value)
@@ -204,6 +214,8 @@ def made_small(words: list[str]) -> list[str]:
     if words[0] == "train":
         settings = [*TINY, "corpus.size=16", *TINY_STAGES[words[1]]]
         return [*words, *(word for setting in settings for word in ("--set", setting))]
+    if words[0] == "train-lora":
+        return [*words, *shlex.split(FEW_STEPS)]
     if words[0] == "generate" and {*OWN} & {*words}:
         return [*words, "--steps", "5" if "--refiner" in words else "2"]  # the last one typed counts
     return [*words, "-n", "2", "--steps", "1"] if words[0] == "eval" else words
@@ -231,7 +243,8 @@ def execute(words: list[str], run: Callable[..., Any], monkeypatch: pytest.Monke
         Path(signs[">"]).write_text(done.out, "utf-8")
 
 
-LONG = ("getting-started.md", "recipes.md", "merging.md")  # what they type is also typed on the page of commands
+# What they type is also typed on the page of commands, or takes long.
+LONG = ("getting-started.md", "recipes.md", "merging.md", "training.md")
 
 
 @pytest.mark.parametrize(
@@ -282,6 +295,7 @@ SHORT: dict[str, tuple[list[str], list[str]]] = {  # example -> words that make 
     "threads.py": (["--steps", "2"], [f"{i}.png" for i in range(8)]),
     "schedulers_compared.py": (["--steps", "1", "2"], ["schedulers.png"]),
     "latents_between.py": (["--frames", "3", "--steps", "2"], ["between.gif", "between.png"]),
+    "training_data.py": (["word"], ["pictures"]),
     "train_tiny.py": (["--steps", "2"], ["clip", "denoiser", "drawn.png", "first_stage"]),
 }
 
@@ -289,7 +303,7 @@ SHORT: dict[str, tuple[list[str], list[str]]] = {  # example -> words that make 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example(name, place, run, monkeypatch, capsys, request):
     """It says what it shows and how to run it; so run, it leaves what it should."""
-    if name == "train_tiny.py":
+    if name in ("train_tiny.py", "training_data.py"):
         request.getfixturevalue("noto_font")
     script = runpy.run_path(str(ROOT / "examples" / name))
     shows, lines = script["__doc__"].split("\n")[0], re.findall(r"^    (\S.*)$", script["__doc__"], re.MULTILINE)

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ldm.checkpoints.safe import atomic_save_safetensors, check_manifest, read_json
+from ldm.checkpoints.safe import check_manifest, read_json
 from ldm.data.emoji import CorpusConfig, EmojiScenes
 from ldm.errors import LdmError, ModelError, NumericalError, UsageError
 from ldm.models.clip import CLIPTextConfig, CLIPVisionConfig
@@ -43,7 +43,8 @@ from ldm.training.first_stage import (
     measured_scale,
     multiscale_l1,
 )
-from ldm.training.loop import Batch, Progress, Stage, generator, learning_rate, run_stage, train
+from ldm.training.loop import Batch, Progress, Stage, generator, run_stage, train
+from ldm.training.optimizers import RATES
 from ldm.training.state import load_state, save_state, states
 
 ROOT = Path(__file__).parents[1]
@@ -199,7 +200,7 @@ def die_saving(folder: Path) -> list[list[int]]:
         status = os.waitpid(child, 0)[1]
         found.append([])
         for path in states(folder):
-            step = load_state(path, {"model": model}, optimizer, {})
+            step, _ = load_state(path, {"model": model}, optimizer, {})
             if step == 3 or all(torch.equal(saved[step][name], value) for name, value in model.state_dict().items()):
                 found[-1].append(step)
         if status == 0:
@@ -270,7 +271,9 @@ def test_what_a_run_leaves(unbroken: Path) -> None:
 def test_the_text_encoder_stays_frozen(unbroken: Path) -> None:
     trained = load_file(unbroken / "clip" / "result" / "text_encoder" / "model.safetensors")
     state = load_file(unbroken / "denoiser" / "state-4" / "state.safetensors")
-    assert all(torch.equal(state[f"objective/text.{key}"], value) for key, value in trained.items())
+    result = load_file(unbroken / "denoiser" / "result" / "text_encoder" / "model.safetensors")
+    assert all(torch.equal(result[key].half(), value.half()) for key, value in trained.items())
+    assert not trained.keys() & {key.removeprefix("objective/text.") for key in state}  # and fills no disk
     moments = {key.split("/")[1] for key in state if key.startswith("optimizer/")}
     assert len(moments) == sum(key.startswith("objective/unet.") for key in state)
     assert len(moments) == sum(key.startswith("ema/") for key in state)
@@ -340,6 +343,10 @@ def trained(out: Path, objective: Toy, batch: int = 4, run: dict[str, Any] | Non
     ):
         assert bool(progress.figures) == (progress.step % c.log_every == 0 or progress.saved is not None)
     return ema
+
+
+def learning_rate(step: int, c: LoopConfig) -> float:
+    return c.learning_rate * RATES[c.lr_scheduler](step, c)
 
 
 def test_the_loop_is_the_plain_loop(tmp_path: Path) -> None:
@@ -417,7 +424,7 @@ def train_toy(out: Path, objective: Toy, steps: int) -> Iterator[Progress]:
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, log_every: int) -> None:
     options = {"steps": 8, "log_every": log_every, "save_every": 2}
     trained(tmp_path / "good", Toy(), **options)
-    with pytest.raises(NumericalError, match=r"loss.* not finite at step (5|6) .*lower the learning rate"):
+    with pytest.raises(NumericalError, match=r"loss .*not finite at step 5; lower the learning rate"):
         trained(tmp_path / "bad", Toy(broken=(4,)), **options)
     assert [path.name for path in states(tmp_path / "bad")] == ["state-2", "state-4"]  # all from before step 5
     kept = load_file(tmp_path / "bad" / "state-4" / "state.safetensors")
@@ -425,26 +432,26 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, log_every: int)
     assert torch.isfinite(trained(tmp_path / "bad", Toy(), **options).model.weight).all()
 
 
-def test_damaged_states_and_other_networks_are_named(tmp_path: Path) -> None:
+def test_a_run_goes_on_from_the_newest_sound_state(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A damaged one is passed over, with a warning, and written anew (what else may befall states: test_state.py)."""
+    whole = trained(tmp_path, Toy()).model.weight
+    before = (tmp_path / "state-4" / "state.safetensors").read_bytes()
+    (tmp_path / "state-4" / "state.safetensors").write_bytes(before[:-1])
+    assert torch.equal(trained(tmp_path, Toy()).model.weight, whole)
+    assert "state-4 is passed over: state.safetensors is changed" in caplog.text
+    assert (tmp_path / "state-4" / "state.safetensors").read_bytes() == before
+
+
+def test_other_networks_are_named(tmp_path: Path) -> None:
     trained(tmp_path, Toy())
     path = tmp_path / "state-4"
+    run = read_json(path / "state.json")["run"]
     wide = nn.Linear(4, 1)
     kept = wide.weight.detach().clone()
     modules = {"objective": wide, "ema": wide}
     with pytest.raises(ModelError, match=r"state-4.state.safetensors does not fit .*objective/"):
-        load_state(path, modules, torch.optim.AdamW(wide.parameters()), {})
+        load_state(path, modules, torch.optim.AdamW(wide.parameters()), run)
     assert torch.equal(wide.weight, kept)
-    tensors = load_file(path / "state.safetensors") | {"optimizer/7/exp_avg": torch.zeros(1)}
-    atomic_save_safetensors(tensors, path / "state.safetensors")
-    with pytest.raises(ModelError, match="optimizer/7/exp_avg"):
-        trained(tmp_path, Toy())
-    data = (path / "state.safetensors").read_bytes()
-    (path / "state.safetensors").write_bytes(data[:-1])
-    with pytest.raises(ModelError, match="truncated"):
-        trained(tmp_path, Toy())
-    (path / "state.json").write_text("{")
-    with pytest.raises(ModelError, match=r"state.json is not valid JSON"):
-        trained(tmp_path, Toy())
 
 
 def test_the_optimiser_is_restored_in_the_layout_of_its_parameters(tmp_path: Path) -> None:
@@ -465,7 +472,7 @@ def test_the_optimiser_is_restored_in_the_layout_of_its_parameters(tmp_path: Pat
     path = save_state(tmp_path, 1, {"model": model}, optimizer, {}, 1)
     step(model, optimizer, 1)
     again, other = begun()
-    assert load_state(path, {"model": again}, other, {}) == 1
+    assert load_state(path, {"model": again}, other, {}) == (1, {})
     step(again, other, 1)
     assert torch.equal(again.weight, model.weight)  # type: ignore[arg-type]
 

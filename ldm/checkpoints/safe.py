@@ -24,7 +24,8 @@ from torch import Tensor
 from ldm.errors import LdmError, ModelError
 
 MAX_HEADER, MAX_TENSORS, MAX_RANK, MAX_SIDE, MAX_NAME = 32_000_000, 65_536, 8, 2**31, 512
-MAX_JSON, VOCABULARIES = 1_000_000, {"tokenizer.json": 20_000_000, "vocab.json": 8_000_000}  # bytes
+# Bytes. A training state (ldm.training.state) holds the digests of all its pictures.
+MAX_JSON, LARGER = 1_000_000, {"tokenizer.json": 20_000_000, "vocab.json": 8_000_000, "state.json": 200_000_000}
 # A header is read entry by entry, not as JSON of any kind, so that its time is linear and none is spent past a fault.
 _TEXT, _S = r'"[^"\\]*+(?:\\.[^"\\]*+)*+"', r"[ \t\r\n]*+"
 _PAIR = rf"{_S}{_TEXT}{_S}:{_S}{_TEXT}{_S}"
@@ -80,11 +81,11 @@ class Header(NamedTuple):
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. ModelError when it is missing, over 1 MB (vocabularies: more), not UTF-8 JSON, has a
+    """The JSON object in a file. ModelError when it is missing, over 1 MB (some names: LARGER), not UTF-8 JSON, has a
     NaN or a name twice, or is no object.
     """
     try:
-        size, largest = _size(path), VOCABULARIES.get(path.name, MAX_JSON)
+        size, largest = _size(path), LARGER.get(path.name, MAX_JSON)
         if size > largest:
             raise ModelError(f"{path} has {size:,} bytes; such a file has at most {largest:,}; fetch it again")
         value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_constant, object_pairs_hook=_unique)
@@ -311,7 +312,8 @@ def atomic_save_safetensors(
         file.write(len(raw).to_bytes(8, "little") + raw)
         for name, tensor in ordered:
             stored = tensor.detach().to("cpu", types[name]).contiguous()
-            file.write(stored.flatten().view(torch.uint8).numpy().data)
+            # A lone number may be called contiguous with any stride, and is viewed with none but 1.
+            file.write(stored.as_strided((stored.numel(),), (1,)).view(torch.uint8).numpy().data)
 
 
 @contextmanager
@@ -325,6 +327,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     if path.exists() and not path.is_dir():
         raise LdmError(f"cannot write the folder {path}: a file of that name is there; remove it or choose another")
     staging, old = (path.parent / f".{secrets.token_hex(6)}.{end}" for end in ("tmp", "old"))
+    named = [path.parent, *(parent.parent for parent in path.parents if not parent.exists())]  # folders of new names
     try:
         try:
             staging.mkdir(parents=True)
@@ -340,7 +343,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
                 old.rename(path)
             shutil.rmtree(staging, ignore_errors=True)
             raise
-        _sync(path.parent)
+        for parent in named:
+            _sync(parent)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise _refused(path, error) from error
@@ -382,7 +386,7 @@ def check_manifest(folder: str | Path) -> dict[str, str]:
     """
     folder = Path(folder)
     try:
-        lines = (folder / MANIFEST).read_text(encoding="utf-8").splitlines()
+        lines = (folder / MANIFEST).read_bytes().decode().split("\n")[:-1]  # splitlines: at more than line ends
         matches = [re.fullmatch(r"([0-9a-f]{64})  (.+)", line) for line in lines]
         listed = {match[2]: match[1] for match in matches if match}
         present = {name: file_sha256(folder / name) for name in _files(folder)}

@@ -24,6 +24,7 @@ from ldm.cli.lora import app as lora
 from ldm.cli.merge import merge
 from ldm.cli.schedulers import schedulers
 from ldm.cli.train import app as train
+from ldm.cli.train_lora import own_name, train_lora
 from ldm.cli.verify import verify
 from ldm.errors import LdmError
 
@@ -58,6 +59,17 @@ app.command(
         'ldm grid "a taco" --x scheduler=ddim,euler,dpm++2m --y seed=1..3 -o schedulers.png',
     )
 )(grid)
+app.command(
+    name="train-lora",
+    context_settings={"token_normalize_func": own_name},
+    epilog=examples(
+        "ldm train-lora --data my-pictures -o out/mine",
+        "ldm train-lora --data my-pictures --rank 8 --max-train-steps 500 -o out/mine --dry-run",
+        'ldm train-lora --data photos --instance-prompt "a sks dog" --class-prompt "a dog" -o out/sks',
+        'ldm train-lora --data photos --placeholder-token "<zorp>" --rank 0 -o out/word',
+        "ldm train-lora --config run.yaml --set learning_rate=5e-4",
+    ),
+)(train_lora)
 app.command(
     epilog=examples(
         "ldm verify out/an-owl-7.png", "ldm verify owl.png --model path/to/model-folder --json", "ldm verify weights"
@@ -108,7 +120,7 @@ def main(args: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if args is None else args) or ["--help"]
     options = words[: words.index("--")] if "--" in words else words
     debug = "--debug" in options
-    if "train" not in options[:1]:
+    if options[:1] not in (["train"], ["train-lora"]):
         # How long torch's threads spin while they wait for each other, before they let others run. By its default a
         # busy neighbour on the cores makes drawing some twenty times slower; training wants the cores to itself.
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")

@@ -10,7 +10,7 @@ from ldm.cli.common import Device, Dtype, Model, examples, number, progress_bar,
 from ldm.errors import UsageError
 
 if TYPE_CHECKING:
-    from ldm.data.emoji import EmojiScenes
+    from ldm.data.emoji import CorpusConfig, EmojiScenes
 
 app = typer.Typer(help="Judge a model.", epilog=examples("ldm eval alignment"))
 
@@ -21,7 +21,11 @@ def group() -> None:
 
 
 @app.command(
-    epilog=examples("ldm eval alignment", "ldm eval alignment --model path/to/model-folder --n 50 -o out/judged --json")
+    epilog=examples(
+        "ldm eval alignment",
+        "ldm eval alignment --model path/to/model-folder --n 50 -o out/judged --json",
+        "ldm eval alignment --lora zorbik.safetensors --glyph zorbik=zorbik.png",
+    )
 )
 def alignment(
     model: Model = None,
@@ -39,6 +43,13 @@ def alignment(
     config: Annotated[
         Path | None, typer.Option("--config", metavar="FILE", help="the denoiser's YAML file, for an unusual corpus")
     ] = None,
+    lora: Annotated[
+        list[Path] | None, typer.Option("--lora", metavar="FILE[:STRENGTH]", help="draw with it; may be repeated")
+    ] = None,
+    glyph: Annotated[
+        str | None,
+        typer.Option("--glyph", metavar="NAME=PICTURE", help="ask for an object that it taught instead"),
+    ] = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FOLDER", help="where table, verdicts and pictures go")
     ] = Path("out/alignment"),
@@ -48,15 +59,16 @@ def alignment(
 ) -> None:
     """Judge whether pictures show what their prompts say, on held-out prompts of the corpus."""
     refuse_unwritable(output / "alignment.json")
+    from ldm.cli.opening import Opening, opened
     from ldm.data.emoji import CorpusConfig, EmojiScenes
     from ldm.evaluation.alignment import Report, evaluate
-    from ldm.pipeline import Pipeline
     from ldm.sources import model_in_the_box
     from ldm.training.config import DenoiserConfig, read_config
 
     scenes = EmojiScenes(read_config(config, DenoiserConfig).corpus if config else CorpusConfig())
     refuse_other_corpus(Path(model) if model else model_in_the_box(), scenes)
-    pipeline = Pipeline.from_pretrained(model, device=device, dtype=dtype)
+    scenes = with_glyph(glyph, scenes.config) if glyph else scenes
+    pipeline = opened(None, Opening(model=model, device=device, dtype=dtype, lora=lora))
     judged = evaluate(pipeline, scenes, n, seed, scheduler=scheduler, steps=steps, guidance=guidance)
     with progress_bar() as bar:
         task = bar.add_task("drawing and judging", total=n)
@@ -68,6 +80,19 @@ def alignment(
     report.save(output)
     print(json.dumps(report.to_dict()) if as_json else report.table())
     say(f"the table, the verdicts and the pictures are in {output}")
+
+
+def with_glyph(said: str, config: "CorpusConfig") -> "EmojiScenes":
+    """The corpus and one object more, from NAME=PICTURE. UsageError: it is not so written, or no picture is there."""
+    from ldm.data.pictures import decoded
+    from ldm.evaluation.alignment import GlyphScenes
+
+    name, _, path = said.partition("=")
+    if not name or not path:
+        raise UsageError(f"--glyph is {said!r}; write NAME=PICTURE, for example zorbik=zorbik.png")
+    if not Path(path).is_file():
+        raise UsageError(f"--glyph is to be {path}, and no such file is there; give a PNG of the object on nothing")
+    return GlyphScenes(name, decoded(Path(path).read_bytes()), config)
 
 
 def refuse_other_corpus(model: Path, scenes: "EmojiScenes") -> None:

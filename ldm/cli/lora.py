@@ -221,7 +221,6 @@ def extract(
     as_json: AsJson = False,
 ) -> None:
     """Make an adapter of the difference of two models, the best there is of its rank (by SVD; default 32)."""
-    from ldm.adapters.names import book_of
     from ldm.adapters.tools import extract as difference
 
     refuse_output(output, to, overwrite)
@@ -229,7 +228,7 @@ def extract(
     with working("extracting"):
         first, second = components_of(base, allow_pickle), components_of(tuned, allow_pickle)
         fitted = difference(first.networks, second.networks, size, output.stem, biases)
-        target = Target(book_of(first.networks), *titles(first), first.networks)
+        target = target_of(first)
         told = keep(fitted.adapter, target, output, to, dtype)
     tell(told | errors_of(fitted), as_json)
 
@@ -274,7 +273,7 @@ def open_for(file: Path, model: str | None, allow_pickle: bool, partial: bool = 
     loose = open_adapter(file, allow_pickle=allow_pickle)
     if model is not None:
         c = components_of(model, allow_pickle)
-        target = Target(book_of(c.networks), *titles(c), c.networks)
+        target = target_of(c)
     else:
         box = components_of(None, False)
         family = family_of(loose, {box.name: book_of(box.networks)})
@@ -290,6 +289,14 @@ def open_for(file: Path, model: str | None, allow_pickle: bool, partial: bool = 
     return Opened(read, target, found.adapter, [f"{name}: {why}" for name, why in found.left.items()])
 
 
+def target_of(c: Any) -> Target:
+    """A model in memory as what an adapter is for."""
+    from ldm.adapters.names import book_of
+    from ldm.loras import architecture, title
+
+    return Target(book_of(c.networks), title(c), architecture(c), c.networks)
+
+
 def components_of(model: str | None, allow_pickle: bool) -> Any:
     """A model, in the types it has, on the CPU."""
     import torch
@@ -297,15 +304,6 @@ def components_of(model: str | None, allow_pickle: bool) -> Any:
     from ldm.sources import open_model
 
     return open_model(model, torch.float32, torch.device("cpu"), allow_pickle=allow_pickle, safety_checker=False)
-
-
-def titles(c: Any) -> tuple[str, str]:
-    """What a model is called, and its architecture in metadata ("" for one of no family)."""
-    from ldm.checkpoints.single_file import known_family
-    from ldm.loras import title
-
-    family, prediction = known_family(c), c.scheduler_config.get("prediction_type", "epsilon")
-    return title(c), family.architectures.get(prediction, family.architectures["epsilon"]) if family else ""
 
 
 def refuse_output(output: Path, to: str, overwrite: bool) -> None:

@@ -40,11 +40,8 @@ def parameter_of(field: "Field[Any]", hint: Any) -> inspect.Parameter:
     """The command's parameter that stands for a field of Request; where the field takes a tuple, it may be repeated.
     None where nothing was typed, so that a configuration or a recipe keeps its say.
     """
-    kinds = get_args(hint) or (hint,)
     text = field.metadata["help"]
-    kind = next(kind for kind in kinds if kind in (int, float, str, bool))
-    several = get_origin(hint) is tuple or any(get_origin(kind) is tuple for kind in kinds)
-    taken: Any = (list[kind] if several else kind) | None  # type: ignore[valid-type]  # made at run time
+    kind, taken = taken_by(hint)
     metavar, parser = KINDS[kind]
     panel = f"The picture, of {field.metadata['of']}" if field.metadata["of"] else PANEL
     info: Any = typer.Option(
@@ -58,6 +55,16 @@ def parameter_of(field: "Field[Any]", hint: Any) -> inspect.Parameter:
     return inspect.Parameter(
         field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[taken, info]
     )
+
+
+def taken_by(hint: Any) -> tuple[type, Any]:
+    """Of a field's type that of one value, and what an option for it takes: several where the field is a tuple, None
+    where nothing was typed.
+    """
+    kinds = get_args(hint) or (hint,)
+    kind = next(kind for kind in kinds if kind in KINDS)
+    several = get_origin(hint) is tuple or any(get_origin(kind) is tuple for kind in kinds)
+    return kind, (list[kind] if several else kind) | None  # type: ignore[valid-type]  # made at run time
 
 
 def completing(names: Iterable[str]) -> Callable[[str], list[str]]:

@@ -1,22 +1,16 @@
 """`ldm train`: the stages of a model's life, from nothing or from where they were stopped."""
 
-import logging
-import sys
-import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ldm.cli.common import examples, needs, parse_settings, progress_bar, refuse_unwritable, say, terminal
+from ldm.cli.common import examples, needs, parse_settings, refuse_unwritable, say
+from ldm.cli.following import begins, follow, leave, logged, tell_stopped
 
 if TYPE_CHECKING:
     from ldm.training.config import LoopConfig
-    from ldm.training.loop import Progress
 
 # command -> file and function of ldm.training that make the stage, and the class its configuration is read as
 STAGES = {
@@ -24,7 +18,6 @@ STAGES = {
     "clip": ("clip", "ClipConfig"),
     "denoiser": ("denoiser", "DenoiserConfig"),
 }
-TOLD_EVERY = 60.0  # seconds between two lines where no one watches a bar
 
 Config = Annotated[Path, typer.Option("--config", metavar="FILE", help="YAML file of the run, as in configs/")]
 Settings = Annotated[
@@ -69,73 +62,29 @@ def denoiser(config: Config, settings: Settings = None, device: Where = None) ->
 
 
 def run(name: str, config: Path, settings: list[str], device: str | None) -> None:
-    """Train one stage from its newest state to its end, and tell how it goes. Exit code 130 when stopped by Ctrl-C."""
+    """Train one stage from its newest state to its end, and tell how it goes. Exit code 130 when stopped by
+    Ctrl-C, 143 by SIGTERM."""
     needs("accelerate", "matplotlib")
     from ldm.training import config as kinds
     from ldm.training.loop import device_of, run_stage
-    from ldm.training.state import states
 
     file, kind = STAGES[name]
     chosen = parse_settings(settings) | ({"loop.device": device} if device else {})
     asked = kinds.read_config(config, getattr(kinds, kind), chosen)
     c: LoopConfig = asked.loop
     # Before any work: threads of OpenMP, which come with the first work, inherit from here that denormals are flushed.
-    where = device_of(c)
+    where = device_of(c.device, c.threads)
     out = Path(c.out)
     refuse_unwritable(out / "log.jsonl")
-    first, state = newest(states(out))
-    begins = f"goes on from step {first} of {c.steps} ({state})" if state else f"begins; {c.steps} steps"
-    say(f"{name} {begins}; on {where}")
+    begins(name, out, c.steps, where)
     say(f"states, samples, curve.png and log.jsonl go to {out}, the result to {out / 'result'}")
     try:
         with logged():
             stage = getattr(import_module(f"ldm.training.{file}"), file)(asked)
-            follow(run_stage(stage, asked), name, first, c)
-    except KeyboardInterrupt:
-        step, state = newest(states(out))
-        again = f"goes on from step {step} ({state})" if state else "begins anew, for no state was saved yet"
-        say(f"stopped; the same command {again}")
+            last = follow(run_stage(stage, asked), name, c.steps, c.batch_size * c.gradient_accumulation_steps)
+    except KeyboardInterrupt:  # before the first step, or after the last
+        tell_stopped(out)
         raise typer.Exit(130) from None
+    leave(last, out)
     say(f"{name} is done")
     print(out / "result")
-
-
-@contextmanager
-def logged() -> Iterator[None]:
-    """What the package logs goes to stderr."""
-    log, handler = logging.getLogger("ldm"), logging.StreamHandler(sys.stderr)
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        log.removeHandler(handler)
-
-
-def newest(found: list[Path]) -> tuple[int, Path | None]:
-    """The step and path of the last of a run's states; 0 and None when there are none."""
-    return (int(found[-1].name.split("-")[1]), found[-1]) if found else (0, None)
-
-
-def follow(steps: "Iterable[Progress]", name: str, first: int, c: "LoopConfig") -> None:
-    """Let a run go its way, with a bar on a terminal, and a line now and then elsewhere."""
-    from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    batch = c.batch_size * c.gradient_accumulation_steps
-    loss, begun, told = "", time.monotonic(), time.monotonic()
-    times = (TimeElapsedColumn(), TimeRemainingColumn())
-    with progress_bar("{task.description}", BarColumn(), MofNCompleteColumn(), *times, "{task.fields[told]}") as bar:
-        task = bar.add_task(name, total=c.steps, completed=first, told="")
-        for progress in steps:
-            now = time.monotonic()
-            pace = (progress.step - first) * batch / max(now - begun, 1e-9)
-            if progress.figures:
-                loss = f"loss {progress.figures['loss']:.4f}, "
-            bar.update(task, completed=progress.step, told=f"{loss}{pace:.1f} images/s")
-            if progress.saved and terminal():
-                bar.console.print(f"saved {progress.saved}", highlight=False)
-            elif progress.saved or (now - told > TOLD_EVERY and not terminal()):
-                left = timedelta(seconds=round((c.steps - progress.step) * batch / pace))
-                saved = f"; saved {progress.saved}" if progress.saved else ""
-                say(f"step {progress.step} of {c.steps}: {loss}{pace:.1f} images/s, {left} left{saved}")
-                told = now

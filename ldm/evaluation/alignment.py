@@ -9,6 +9,7 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,17 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ldm.checkpoints.safe import atomic_json, atomic_text
-from ldm.data.emoji import BACKGROUNDS, SIDES, SIDES_BY_COUNT, CorpusConfig, EmojiScenes, Scene, SceneSpec
+from ldm.data.emoji import (
+    BACKGROUNDS,
+    RELATIONS,
+    SIDES,
+    SIDES_BY_COUNT,
+    CorpusConfig,
+    EmojiScenes,
+    Glyph,
+    Scene,
+    SceneSpec,
+)
 from ldm.errors import UsageError
 from ldm.evaluation.matching import SIDE, Array, Sighting, Templates, shrunk
 from ldm.evaluation.reconstruction import first_stage_psnr
@@ -24,6 +35,7 @@ from ldm.images import contact_sheet, save
 from ldm.pipeline import Pipeline
 
 PROMPT_SEED = 0
+NEW_CONTEXTS = 0.5  # share of the contexts of an object taught by an adapter that it is judged in
 PAIRS_OF_TEN = (2, 5, 8)  # which of every ten prompts are relations
 TOLERANCE = 1.15  # how much smaller or larger than in training an object may be drawn
 LEAST_FIT = 0.5  # of a copy that is counted
@@ -42,6 +54,51 @@ def prompts(scenes: EmojiScenes, n: int = 200, seed: int = PROMPT_SEED) -> list[
     fixed = EmojiScenes(replace(scenes.config, sized=CorpusConfig.sized))
     kinds = {k: iter(fixed.held_out_specs(pairs.count(k), seed, "pair" if k else "single")) for k in (False, True)}
     return [next(kinds[k]) for k in pairs]
+
+
+class GlyphScenes(EmojiScenes):
+    """The corpus and one object more, known by a picture of it; a half of its contexts are held out.
+
+    For judging what an adapter was taught: the 64 objects stay, as its rivals. A context is the background of an object
+    alone, or the object beside it; `contexts` draws examples to train on, `glyph_prompts` takes the held-out ones.
+    """
+
+    def __init__(self, name: str, picture: Image.Image, config: CorpusConfig | None = None) -> None:
+        """picture: what is opaque in it is the object. UsageError: nothing is, or the corpus has such a name."""
+        super().__init__(replace(config or CorpusConfig(), held_out=NEW_CONTEXTS))
+        self.name, ink = name, picture.convert("RGBa").convert("RGBA")
+        box = ink.getchannel("A").getbbox()
+        if box is None or name in self.glyphs:
+            fault = "its picture is transparent" if box is None else "the corpus has an object of that name"
+            raise UsageError(f"{name!r} cannot be judged: {fault}; give a PNG of the object on nothing, and a new name")
+        self.rivals, self._ink = self.names, ink.crop(box)
+        self.glyphs[name] = Glyph(name, "", "new")
+
+    def contexts(self, held_out: bool) -> tuple[list[str], list[str]]:
+        """The backgrounds that the object stands alone on, and the objects beside it, of one side of the hold-out."""
+        alone = [c for c in BACKGROUNDS if self.is_held_out(SceneSpec((self.name,), c)) == held_out]
+        beside = [n for n in self.rivals if self.is_held_out(SceneSpec((self.name, n), "", RELATIONS[0])) == held_out]
+        return alone, beside
+
+    def _render(self, name: str) -> Image.Image:
+        return self._ink if name == self.name else super()._render(name)
+
+
+def glyph_prompts(scenes: GlyphScenes, n: int = 200, seed: int = PROMPT_SEED) -> list[SceneSpec]:
+    """n prompts for the object of a GlyphScenes in held-out contexts, of every ten seven alone and three in a relation.
+
+    Backgrounds and neighbours take turns; relation, place in it and the background of a pair are decided by the seed.
+    """
+    rng = random.Random(f"glyph {seed}")
+    backgrounds, others = (cycle(rng.sample(found, len(found))) for found in scenes.contexts(held_out=True))
+    specs = []
+    for i in range(n):
+        if i % 10 in PAIRS_OF_TEN:
+            pair = rng.sample((scenes.name, next(others)), 2)
+            specs.append(SceneSpec((pair[0], pair[1]), rng.choice(list(BACKGROUNDS)), relation=rng.choice(RELATIONS)))
+        else:
+            specs.append(SceneSpec((scenes.name,), next(backgrounds)))
+    return specs
 
 
 def ground_truth(scenes: EmojiScenes, specs: Sequence[SceneSpec], seed: int = 0) -> list[Scene]:
@@ -182,12 +239,15 @@ def evaluate(
 ) -> Iterator["Judged | Report"]:
     """Draw the n fixed held-out prompts of a corpus, picture i from noise seed `seed + i`, and judge them.
 
+    Of a GlyphScenes they are those of `glyph_prompts`.
     Yields a Judged after every picture (for progress), and at the end one Report. scheduler, steps, guidance: None
     leaves them to the model. UsageError for n < 1. LdmError when the emoji font is not found.
     """
     if n < 1:
         raise UsageError(f"{n} prompts were asked for; judge at least one")
-    specs, judge, rows = prompts(scenes, n), Judge(scenes), []
+    glyph = scenes.name if isinstance(scenes, GlyphScenes) else ""
+    specs = glyph_prompts(scenes, n) if isinstance(scenes, GlyphScenes) else prompts(scenes, n)
+    judge, rows = Judge(scenes), []
     for first in range(0, n, batch_size):
         part = specs[first : first + batch_size]
         seeds = tuple(range(seed + first, seed + first + len(part)))
@@ -203,7 +263,7 @@ def evaluate(
         for i, (spec, image) in enumerate(zip(part, images, strict=True)):
             rows.append(Judged(first + i, n, seeds[i], spec, image, judge.judge(image, spec)))
             yield rows[-1]
-    yield Report(tuple(rows), first_stage_psnr(pipeline.vae, scenes))
+    yield Report(tuple(rows), first_stage_psnr(pipeline.vae, scenes), glyph)
 
 
 @dataclass(frozen=True)
@@ -235,12 +295,15 @@ class Report:
 
     rows: tuple[Judged, ...]
     psnr: float
+    glyph: str = ""  # the object that all of the pictures are asked to show, if there is one
 
     def scores(self) -> list[Score]:
         """What the pictures show, most basic first; kinds of prompt that were not asked are left out."""
         single = [r.verdict for r in self.rows if not r.spec.relation]
         pair = [r.verdict for r in self.rows if r.spec.relation]
+        found = [dict(zip(r.spec.objects, r.verdict.objects, strict=True)) for r in self.rows]
         table: list[tuple[str, list[bool], float | None]] = [
+            (f"{self.glyph}, alone or beside another", [f[self.glyph] for f in found if self.glyph], TARGETS["object"]),
             ("background", [r.verdict.background for r in self.rows], TARGETS["background"]),
             ("single object, top-1", [v.objects[0] for v in single], TARGETS["object"]),
             ("single object, top-5", [v.objects_top5[0] for v in single], None),

@@ -17,7 +17,7 @@ from ldm.models.clip import CLIPTextModel, CLIPVisionModel
 from ldm.text.tokenizer import CLIPTokenizer
 from ldm.training.config import ClipConfig
 from ldm.training.first_stage import HELD_OUT_SEED, save_model, tile, to_signal
-from ldm.training.loop import Batch, Stage
+from ldm.training.loop import RESULT, Batch, Stage
 
 TOKENIZER_CAPTIONS = 20_000  # captions from which the vocabulary is learned
 HELD_OUT_SCENES = 256
@@ -121,8 +121,8 @@ def clip(config: ClipConfig) -> Stage:
             (towers.vision, config.vision.to_dict(), "image_encoder"),
         )
         for model, described, name in ends:
-            save_model(model, described, folder / name, "model.safetensors")
-        tokenizer.save(folder / "tokenizer")
+            save_model(model, described, folder / RESULT / name, "model.safetensors")
+        tokenizer.save(folder / RESULT / "tokenizer")
 
     batches = CaptionedBatches(scenes, tokenizer, config.loop.batch_size)
     return Stage(objective, objective.towers, batches, held_out, picture, export)

@@ -24,12 +24,19 @@ class LoopConfig:
     out: str  # folder of the run: states, samples, curve, result
     steps: int = 1000
     batch_size: int = 16
-    learning_rate: float = 1e-3  # peak, after a linear warm-up; then a cosine down to final_share of it
+    optimizer: str = "adamw"  # a name of ldm.training.optimizers.OPTIMIZERS
+    learning_rate: float = 1e-3  # peak
+    lr_scheduler: str = "cosine_to_share"  # a name of RATES there; this: warm-up, then a cosine down to final_share
     warmup_steps: int = 100
     final_share: float = 0.05
+    lr_num_cycles: int = 1
+    lr_power: float = 1.0
     weight_decay: float = 0.01
+    beta1: float = 0.9
     beta2: float = 0.99
-    max_grad_norm: float = 1.0
+    epsilon: float = 1e-8
+    max_grad_norm: float = 1.0  # 0: gradients stay as long as they are
+    max_skipped_steps: int = 0  # steps without a finite loss that are left out before the run stops
     ema_decay: float = 0.999  # of the averaged weights, which are the result; warmed up as (1 + n) / (10 + n)
     ema_every: int = 1  # steps between two updates of the average
     seed: int = 0
@@ -41,7 +48,9 @@ class LoopConfig:
     log_every: int = 20
     save_every: int = 500
     sample_every: int = 1000
+    sample_first: bool = False  # also before the first step
     keep_states: int = 2  # training states kept in `out`
+    report_to: str = "none"  # "tensorboard": its event files, too
 
     def __post_init__(self) -> None:
         least = dict.fromkeys(("steps", "batch_size", "ema_every", "log_every", "save_every", "sample_every"), 1)
@@ -144,14 +153,21 @@ def read_config(path: str | Path, kind: type[T], overrides: dict[str, Any] | Non
                     f"{path}: {parent} is {target!r}, which has no field {last!r} to replace with {value!r}"
                 )
         target[last] = value
-    known_fields(data, kind, str(path))
+    return checked(data, kind, str(path))
+
+
+def checked(data: dict[str, Any], kind: type[T], where: str) -> T:
+    """Fields as a `kind`. UsageError, with `where` they stand before it, for an unknown one, a wrong type or value."""
+    known_fields(data, kind, where)
     try:
         return TypeAdapter(kind).validate_python(data)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        given = "" if isinstance(first["input"], dict) else f" = {first['input']!r}"  # else all fields beside it
-        raise UsageError(f"{path}: {where}{given}: {first['msg'].lower()}; correct it there") from None
+        refused = first.get("ctx", {}).get("error")  # by the kind itself, in a sentence of ours
+        said = str(refused) if isinstance(refused, UsageError) else f"{first['msg'].lower()}; correct it there"
+        place = ".".join(str(part) for part in first["loc"])
+        given = "" if refused or isinstance(first["input"], dict) else f" = {first['input']!r}"
+        raise UsageError(": ".join(filter(None, (where, place + given, said)))) from None
 
 
 def known_fields(data: dict[str, Any], kind: type, where: str) -> None:

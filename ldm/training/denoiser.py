@@ -32,7 +32,7 @@ from ldm.text.encoder import TextEncoder
 from ldm.text.tokenizer import CLIPTokenizer
 from ldm.training.config import DenoiserConfig
 from ldm.training.first_stage import HELD_OUT_SEED, tile, to_signal
-from ldm.training.loop import Batch, Stage, generator
+from ldm.training.loop import RESULT, Batch, Stage, generator
 
 HELD_OUT_SCENES = 256
 ENCODED_AT_ONCE = 64
@@ -234,7 +234,7 @@ def denoiser(config: DenoiserConfig) -> Stage:
 
     def export(unet: nn.Module, folder: Path) -> None:
         pipeline = drawing(unet)
-        for place in filter(None, (str(folder), config.weights)):
+        for place in filter(None, (str(folder / RESULT), config.weights)):
             pipeline.save_pretrained(place, dtype="fp16")
             atomic_json(Path(place) / "vocabulary.json", scenes.vocabulary())
             write_manifest(place)

@@ -21,7 +21,7 @@ from ldm.evaluation.reconstruction import psnr
 from ldm.models.discriminator import PatchGAN
 from ldm.models.vae import AutoencoderKL
 from ldm.training.config import FirstStageConfig
-from ldm.training.loop import Batch, Stage, generator
+from ldm.training.loop import RESULT, Batch, Stage, generator
 
 HELD_OUT_SEED = 1_000_003  # of scenes that no training run draws
 SCALE_SCENES = 512  # scenes over which the scale factor is measured
@@ -161,7 +161,7 @@ def first_stage(config: FirstStageConfig) -> Stage:
     def export(vae: nn.Module, folder: Path) -> None:
         assert isinstance(vae, AutoencoderKL)
         scaled = replace(config.vae, scaling_factor=measured_scale(vae, held_out_images(scenes, SCALE_SCENES)))
-        save_model(vae, scaled.to_dict(), folder, "diffusion_pytorch_model.safetensors")
+        save_model(vae, scaled.to_dict(), folder / RESULT, "diffusion_pytorch_model.safetensors")
 
     return Stage(
         objective,

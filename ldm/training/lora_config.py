@@ -33,6 +33,7 @@ LEAST: dict[str, float] = {  # whole numbers and others that may not be less
     "gradient_accumulation_steps": 1, "lr_num_cycles": 1, "max_grad_norm": 0, "checkpointing_steps": 1, "seed": 0,
     "checkpoints_total_limit": 1, "validation_steps": 1, "num_held_out": 0, "logging_steps": 1, "min_timestep": 0,
     "dataloader_num_workers": 0, "threads": 0, "max_skipped_steps": 0, "adam_weight_decay": 0, "clip_skip": 0,
+    "logit_std": 0,
 }  # fmt: skip
 
 
@@ -52,6 +53,7 @@ class LoRAConfig:
         DATA,
         "pictures: a folder, tar shards, parquet files, or owner/name on the hub",
         "train-data-dir",
+        "instance-data-dir",
         "dataset-name",
     )
     model: str = _option(
@@ -90,7 +92,7 @@ class LoRAConfig:
         "", DATA, "what the class is called (DreamBooth: 'a photo of a dog'): prior preservation"
     )
     class_data_dir: str | None = _option(
-        None, DATA, "pictures of the class; what is missing is drawn; absent = OUTPUT_DIR/class"
+        None, DATA, "pictures of the class; with a prompt, what is missing is drawn; absent = OUTPUT_DIR/class"
     )
     num_class_images: int = _option(100, DATA, "how many there are to be")
     prior_loss_weight: float = _option(1.0, DATA, "how much the class counts beside the subject")
@@ -98,7 +100,9 @@ class LoRAConfig:
     rank: int = _option(16, ADAPTER, "of the factors; 0 = none: a learned word alone (textual inversion)")
     lora_alpha: float | None = _option(None, ADAPTER, "alpha / rank multiplies the change; absent = the rank")
     targets: tuple[str, ...] = _option(
-        ("attention",), ADAPTER, "attention, feed-forward, projections, convolutions, or endings of modules' names"
+        (),
+        ADAPTER,
+        "attention, feed-forward, projections, convolutions, or endings of modules' names; absent = the model's",
     )
     no_unet: bool = _option(False, ADAPTER, "leave the U-Net as it is")
     train_text_encoder: bool = _option(False, ADAPTER, "adapt the text encoders too")
@@ -122,6 +126,10 @@ class LoRAConfig:
     loss_type: str = _option("l2", LOSS, "l2, huber or smooth_l1")
     huber_c: float = _option(0.1, LOSS, "where these two turn from square to straight")
     huber_schedule: str = _option("snr", LOSS, "how that depends on the noise: snr, exponential or constant")
+    logit_std: float = _option(
+        0.0, LOSS, "noise levels by a normal of this deviation through the sigmoid (logit-normal); 0 = evenly"
+    )
+    logit_mean: float = _option(0.0, LOSS, "and of this mean: above 0 more of the high levels")
     min_timestep: int = _option(0, LOSS, "levels below it are not trained")
     max_timestep: int | None = _option(None, LOSS, "nor those from it on; absent = all")
 
@@ -134,8 +142,10 @@ class LoRAConfig:
     optimizer: str = _option("adamw", STEPS, "adamw, adamw8bit, prodigy or sgd")
     learning_rate: float | None = _option(None, STEPS, "absent = the model's, or 1 for prodigy", "lr")
     text_encoder_lr: float | None = _option(None, STEPS, "of the text encoders' part; absent = the learning rate")
-    lr_scheduler: str = _option(
-        "constant", STEPS, "constant, constant_with_warmup, linear, cosine, cosine_with_restarts, polynomial"
+    lr_scheduler: str | None = _option(
+        None,
+        STEPS,
+        "constant, constant_with_warmup, linear, cosine, cosine_with_restarts, polynomial; absent = the model's",
     )
     lr_warmup_steps: int = _option(0, STEPS, "steps in which the learning rate rises")
     lr_num_cycles: int = _option(1, STEPS, "of cosine_with_restarts")
@@ -157,6 +167,7 @@ class LoRAConfig:
     )
     mixed_precision: str | None = _option(None, MACHINE, "no, bf16 or fp16; absent = no on the CPU, bf16 on CUDA")
     gradient_checkpointing: bool = _option(False, MACHINE, "less memory for a quarter more time")
+    fsdp: bool = _option(False, MACHINE, "shard the frozen networks over the processes (FSDP2)")
     dataloader_num_workers: int = _option(0, MACHINE, "processes that prepare batches ahead")
     threads: int = _option(0, MACHINE, "CPU threads; 0 = torch's choice")
 
@@ -205,6 +216,11 @@ class LoRAConfig:
             self.shuffle_caption, self.keep_tokens, self.caption_dropout_rate, self.caption_tag_dropout_rate,
             self.caption_prefix, self.caption_suffix,
         )  # fmt: skip
+
+    @property
+    def has_class(self) -> bool:
+        """Whether class pictures take every other batch."""
+        return bool(self.class_prompt or self.class_data_dir)
 
     @property
     def trains_text(self) -> bool:
