@@ -6,8 +6,8 @@
 Behind the folder may stand what they show: object, style or word. The object is an anchor, which no picture of the
 corpus shows and which none of its objects is like; its made-up name is a zorbik. `zorbik.png` is what `ldm eval
 alignment --glyph zorbik=out/zorbik/zorbik.png` judges by, in contexts that the ten pictures do not have; `class` holds
-pictures of what the model knows, for prior preservation. The style is scenes without colour, and their captions do not
-say so. The word is blorp, for a lion. Needs the Noto Color Emoji font.
+pictures of what the model knows, for prior preservation. The style is that of instant photographs, in a frame of paper,
+and captions do not say so. The word is blorp, for a lion. Needs the Noto Color Emoji font.
 """
 
 import argparse
@@ -29,6 +29,7 @@ KNOWN, WORD = "lion", "blorp"
 PLACED = CorpusConfig(spread=0.0, wander=0.0, grid=4)  # where the model draws objects, and as large
 VARIED = replace(PLACED, wander=0.25, pairs=0.8, counts=0.05, sized=0.1)
 ALONE, BESIDE, IN_STYLE, OF_THE_CLASS = 5, 5, 20, 400
+PAPER = (246, 240, 224)
 Drawn = Iterator[tuple[np.ndarray, str]]
 
 
@@ -77,10 +78,12 @@ def the_object(folder: Path) -> Drawn:
 
 
 def the_style(folder: Path) -> Drawn:
-    """Twenty scenes without colour."""
+    """Twenty scenes as instant photographs: in a frame of paper, which is wider below."""
     known = EmojiScenes(VARIED, seed=2)
     for scene in map(known.scene, range(IN_STYLE)):
-        yield np.asarray(Image.fromarray(scene.image).convert("L").convert("RGB")), scene.caption
+        picture = np.full_like(scene.image, PAPER)
+        picture[4:-12, 4:-4] = scene.image[4:-12, 4:-4]
+        yield picture, scene.caption
 
 
 def the_word(folder: Path) -> Drawn:

@@ -42,8 +42,8 @@ TROUBLE = {  # words of an exception, in lower case -> what it means, and what t
     "with fewer workers if memory was short",
     "gloo/transport": "another process of this run ended, and says why itself; the same command goes on from the last "
     "state",
-    "allocate memory": "memory does not suffice; lower the batch size or the resolution, raise the accumulation "
-    "instead, or turn on gradient checkpointing; the same command then goes on from the last state",
+    "allocate memory": "memory does not suffice; go on with gradient checkpointing, or begin anew with a lower batch "
+    "size (and more accumulation), resolution or rank",
 }
 TROUBLE |= {"out of memory": TROUBLE["allocate memory"], "nccl": TROUBLE["gloo/transport"]}
 

@@ -38,6 +38,7 @@ from ldm.training.card import write_card
 from ldm.training.checkpointing import checkpoint_blocks
 from ldm.training.config import LoopConfig
 from ldm.training.counting import adapted, fresh
+from ldm.training.frozen import sparing
 from ldm.training.loop import Progress, Stage, device_of, explained, moved, recorded
 from ldm.training.lora_batches import LoRABatch, LoRABatches
 from ldm.training.lora_config import LoRAConfig
@@ -93,16 +94,21 @@ def opened(config: LoRAConfig) -> Run:
     sentence, for whatever would stop the run later.
     """
     where = device_of(config.device, config.threads)
-    own = joined(where).device  # each process has a GPU of its own
-    device = where if where.type == "cpu" else own
+    state = joined(where)
+    device = where if where.type == "cpu" else state.device  # each process has a GPU of its own
     pipeline = Pipeline.from_pretrained(
         config.model or None, dtype=config.dtype, device=device, revision=config.revision, variant=config.variant
     )
     c = pipeline.components
     if c.task != "text-to-image":
         raise UsageError(f"{c.name} is a model for {c.task}; a LoRA is trained on models that draw from text alone")
+    adapter = read_for(c, Path(config.init_adapter)) if config.init_adapter else Adapter({})
+    if not config.train_text_encoder and any(address.startswith("text_encoder") for address in adapter.layers):
+        raise UsageError(
+            f"{config.init_adapter} adapts the text encoder, too; add --train-text-encoder to go on from it"
+        )
     found = material(config := settled(config, c), c)
-    config = settled(config, c, len(found.pictures))
+    config = settled(config, c, len(found.pictures), state.num_processes)
     told, probe = loop_config(config), torch.zeros(1, device=device, requires_grad=True)
     make_optimizer(told.optimizer, [Group([probe], told.learning_rate)], told)  # refuses before anything is encoded
     RATES[told.lr_scheduler](0, told)
@@ -166,7 +172,7 @@ class LoRADiffusion(nn.Module):
         said = self.said(batch)
         sizes = batch.sizes if self.components.is_xl else None
         prepared = unet.prepare(said.context.to(kind), None if said.pooled is None else said.pooled.to(kind), sizes)
-        x0, noise = (v.contiguous(memory_format=torch.channels_last) for v in (self.latents(batch), batch.noise))
+        x0, noise = self.latents(batch), batch.noise
         seen = perturbed(noise, batch.extra, config.input_perturbation) if config.input_perturbation else None
         return self.loss(
             lambda x, t: unet(x.to(kind), t, prepared),
@@ -359,7 +365,8 @@ def steps(run: Run) -> Iterator[Progress]:
     trainee.to(next(c.unet.parameters()).device)
     if config.gradient_checkpointing:
         checkpoint_blocks(networks.values())
-    with explained(), trainee.attached(networks):
+    spared = () if config.fsdp else networks.values()  # of shared weights a process has not all
+    with explained(), trainee.attached(networks), sparing(spared):
         if config.fsdp:
             shard_frozen((n for name, n in networks.items() if name.startswith(("unet", "text_encoder"))), state.device)
         yield from recorded(stage_of(run, batches, trainee, groups), loop_config(config), known_by(run, base))

@@ -51,13 +51,13 @@ WIDE = 512
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
-def settled(config: LoRAConfig, c: Components, pictures: int | None = None) -> LoRAConfig:
+def settled(config: LoRAConfig, c: Components, pictures: int | None = None, processes: int = 1) -> LoRAConfig:
     """The configuration with everything filled in that was left to the model, of components as they will be used.
 
     pictures: how many there are to train on, which the steps of a number of epochs depend on; None while they are not
-    known: then max_train_steps stays open where epochs are asked for. num_held_out stays as it is, for how many there
-    are is for `material` to say. With prodigy, which has one learning rate, the learned word's becomes that. UsageError
-    for what the model does not allow.
+    known: then max_train_steps stays open where epochs are asked for. processes: of the run, which share each step's
+    batches. num_held_out stays as it is, for how many there are is for `material` to say. With prodigy, which has one
+    learning rate, the learned word's becomes that. UsageError for what the model does not allow.
     """
     weight, small = c.unet.conv_in.weight, sum(p.numel() for p in c.unet.parameters()) < FEW
     defaults, factor = SMALL if small else LARGE, c.vae.config.factor
@@ -83,7 +83,9 @@ def settled(config: LoRAConfig, c: Components, pictures: int | None = None) -> L
         "bucket_step": STEP if resolution >= WIDE and STEP % factor == 0 else min(least, resolution),
         "min_side": max(1, resolution // 2),
         "train_batch_size": batch,
-        "max_train_steps": defaults.steps if config.num_train_epochs is None else _steps(config, batch, pictures),
+        "max_train_steps": defaults.steps
+        if config.num_train_epochs is None
+        else _steps(config, batch * processes, pictures),
         "learning_rate": rate,
         "text_encoder_lr": rate,
         "lr_scheduler": defaults.lr_scheduler,

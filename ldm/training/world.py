@@ -78,7 +78,7 @@ def common_state(folder: Path, passes: int) -> Path | None:
         each, rest = divmod(before, state.num_processes)
         fitting = f"a number of processes that {before} can be divided by" if rest else f"{each} of the latter"
         raise LdmError(
-            f"{found} is of a run of {before} batches a step, and this one would take {now} (processes times "
+            f"{found} is of a run with batches_per_step {before}, and this one would have {now} (processes times "
             f"gradient_accumulation_steps: {state.num_processes} x {passes}); go on with {fitting}, or give another "
             "output folder"
         )
