@@ -28,6 +28,7 @@ Tensors are written with their shapes: B pictures, C channels, H W height and wi
 # title, what it holds, and (module, names) in the order of the page
 SECTIONS: tuple[tuple[str, str, tuple[tuple[str, tuple[str, ...]], ...]], ...] = (
     ("Drawing", "Words in, pictures out.", (("ldm", ("Pipeline", "Request", "Result")),)),
+    ("Teaching", "Pictures in, an adapter out; [with examples](training.md).", (("ldm", ("train_lora",)),)),
     (
         "Errors",
         "What can go wrong, said in one sentence. All are an `LdmError`.",
@@ -121,7 +122,7 @@ SECTIONS: tuple[tuple[str, str, tuple[tuple[str, tuple[str, ...]], ...]], ...] =
         "Needs the extra `train`; scenes need the Noto Color Emoji font.",
         (
             ("ldm.training.config", ("read_config", "LoopConfig", "FirstStageConfig", "ClipConfig", "DenoiserConfig")),
-            ("ldm.training.lora", ("train_lora", "Trained", "opened", "steps", "Run")),
+            ("ldm.training.lora", ("Trained", "opened", "steps", "Run")),
             ("ldm.training.loop", ("run_stage", "Progress", "Stage")),
             ("ldm.training.first_stage", ("first_stage",)),
             ("ldm.training.clip", ("clip",)),

@@ -433,7 +433,7 @@ finally:
         assert child.stdout is not None
         out = child.stdout.read()
     os.close(screen)
-    assert (child.returncode, out) == (0, "a.png\nLOADED\nOURS\n"), shown.decode()
+    assert (child.returncode, out) == (0, "a.png\nLOADED\nOURS ldm.training ldm.training.lora_config\n"), shown.decode()
     assert "drawing" in shown.decode() and "%" in shown.decode() and "seed 1" in shown.decode()
     assert pixels(tmp_path / "a.png").std() > 0
 

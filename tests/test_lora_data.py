@@ -66,8 +66,10 @@ def configured(data: Path, out: Path, **fields: Any) -> LoRAConfig:
     given = {
         "resolution": 16, "bucket_step": 8, "min_side": 8, "train_batch_size": 2, "max_train_steps": 10, "seed": 3,
         "learning_rate": 1e-3, "max_timestep": 1000, "output_name": "x", "num_held_out": 0,
-        "cache_dir": str(out / "cache"), "class_data_dir": str(out / "class"), "output_dir": str(out),
+        "cache_dir": str(out / "cache"), "output_dir": str(out),
     }  # fmt: skip
+    if "class_prompt" in fields:
+        given["class_data_dir"] = str(out / "class")
     return LoRAConfig((str(data),), **given | fields)
 
 
@@ -539,7 +541,10 @@ def test_class_pictures_take_turns(prior, parts, tmp_path):
     (tmp_path / "class" / "2.txt").write_text("an owlet")
     found = material(prior, parts)
     assert found.missing == 0 and len(found.class_pictures) == 4  # what is there is used
-    batches, without = filled(prior, parts, found), filled(dataclasses.replace(prior, class_prompt=""), parts)
+    batches, without = (
+        filled(prior, parts, found),
+        filled(dataclasses.replace(prior, class_prompt="", class_data_dir=None), parts),
+    )
     said = set[str]()
     for number in range(24):
         batch = batches[number]
@@ -574,7 +579,7 @@ REFUSED = [
     ({"min_timestep": 500, "max_timestep": 500}, UsageError, "levels from 500 up to 500 are to be trained"),
     ({"max_timestep": 1001}, UsageError, "and that at most 1000"),
     ({"bucket_step": 7}, UsageError, "bucket_step is 7; it must be a multiple of 2"),
-    ({"class_prompt": "an owl", "num_class_images": 0}, UsageError, "num_class_images is 0; put some there"),
+    ({"class_prompt": "an owl", "class_data_dir": "x", "num_class_images": 0}, UsageError, "none are to be drawn"),
     ({"min_side": 30}, LdmError, "defects in the data: .*a side must have 30 at least"),
     ({"min_side": 40, "policy": "skip"}, LdmError, "none of 6 pictures is without a defect"),
     ({"caption_column": "text", "image_column": "x", "data": "nowhere"}, UsageError, "nowhere is not there"),

@@ -28,6 +28,7 @@ from ldm.sources import model_in_the_box
 from ldm.text.transformers_text import TransformersText
 from ldm.training import counting
 from ldm.training.counting import encoding_work, step_work
+from ldm.training.frozen import sparing
 from ldm.training.lora import LoRADiffusion, trainee_of
 from ldm.training.lora_batches import LoRABatches
 from ldm.training.lora_config import LoRAConfig
@@ -206,7 +207,7 @@ def test_memory_of_a_step_is_that_of_a_real_one(model, pictures, tmp_path, field
         kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
         return tensor
 
-    with trainee.attached(networks):
+    with trainee.attached(networks), sparing(networks.values()):
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             loss, _ = objective(batch, 0)
         loss.backward()  # so that gradients are there

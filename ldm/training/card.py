@@ -27,22 +27,38 @@ class Result(Protocol):
     """Where a run's result lies. None: it was not asked for."""
 
     @property
-    def adapter(self) -> Path | None: ...
+    def adapter(self) -> Path | None:
+        """The adapter's file."""
+        ...
+
     @property
-    def embedding(self) -> Path | None: ...
+    def embedding(self) -> Path | None:
+        """The learned word's file."""
+        ...
 
 
 class Finished(Protocol):
     """What is told of a run (ldm.training.lora.Run is one). config: settled."""
 
     @property
-    def config(self) -> LoRAConfig: ...
+    def config(self) -> LoRAConfig:
+        """What it was told."""
+        ...
+
     @property
-    def components(self) -> Components: ...
+    def components(self) -> Components:
+        """The model."""
+        ...
+
     @property
-    def material(self) -> Material: ...
+    def material(self) -> Material:
+        """The data."""
+        ...
+
     @property
-    def result(self) -> Result: ...
+    def result(self) -> Result:
+        """The files."""
+        ...
 
 
 class Names(NamedTuple):

@@ -20,6 +20,7 @@ from ldm.lora import LoRA
 from ldm.models.clip import CLIPTextModel
 from ldm.runtime import latent_sides
 from ldm.training.checkpointing import checkpoint_blocks
+from ldm.training.frozen import sparing
 from ldm.training.lora_config import LoRAConfig
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -168,7 +169,7 @@ def step_work(config: LoRAConfig, c: Components, size: Size) -> Work:
         given = Pass.zeros(c, config.train_batch_size or 1, size)
         known = [t for net in (*networks.values(), lora) for t in (*net.parameters(), *net.buffers())]
         known += [p.grad for p in lora.parameters() if p.grad is not None]
-        with lora.attached(networks), Counted(known) as counted:
+        with lora.attached(networks), sparing(networks.values()), Counted(known) as counted:
             with torch.autocast(weight.device.type, cast or torch.bfloat16, enabled=cast is not None):
                 loss = F.mse_loss(predicted(networks, given).float(), given.x.float())
             forward = counted.flops

@@ -249,7 +249,7 @@ def tell_skipped(step: int, skipped: int, c: LoopConfig) -> None:
     if skipped > c.max_skipped_steps:
         raise NumericalError(
             f"the loss or its gradient is not finite at step {step}"
-            f"{f', for the {skipped}th time' * (skipped > 1)}; lower the learning rate and go on from the last state"
+            f"{f', for the {skipped}th time' * (skipped > 1)}; lower the learning rate and begin anew"
         )
     if is_main():
         log.warning("step %d is left out: its loss or gradient is not finite (%d so far)", step, skipped)
