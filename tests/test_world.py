@@ -278,6 +278,7 @@ def test_the_main_process_alone_prepares_and_writes(base: Path, worlds: dict[str
     assert len((base / "adamw-2" / "log.jsonl").read_text().splitlines()) == 10
 
 
+@pytest.mark.slow  # 25 s; last run 2026-11-21, passed
 def test_a_run_goes_on_with_another_number_of_processes(base: Path, worlds: dict[str, Any]) -> None:
     """Of one that SIGTERM to the second process had ended."""
     assert worlds["ends"]["shared"] == [-signal.SIGTERM, -signal.SIGTERM], worlds

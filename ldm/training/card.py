@@ -97,7 +97,7 @@ def names_of(run: Finished, folder: Path) -> Names:
     return Names(
         base,
         made.adapter.name if made.adapter else "",
-        made.embedding.name if made.embedding else "",
+        made.embedding.relative_to(folder).as_posix() if made.embedding else "",
         word,
         said if word in said else f"{word}, {said}",
         [f"samples/{path.name}" for path in pictures],

@@ -4,6 +4,7 @@
 
 import json
 import re
+import shutil
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -45,6 +46,7 @@ from ldm.training.lora_config import LoRAConfig
 from ldm.training.lora_data import Material, draw_class, material, with_class
 from ldm.training.optimizers import RATES, Group, make_optimizer
 from ldm.training.plan import settled
+from ldm.training.record import LOG, SAMPLES
 from ldm.training.state import forget
 from ldm.training.words import Words, write_embedding
 from ldm.training.world import joined, shard_frozen
@@ -345,6 +347,8 @@ def steps(run: Run) -> Iterator[Progress]:
         folder.mkdir(parents=True, exist_ok=True)
     if config.resume_from_checkpoint == "no" and state.is_main_process:
         forget(folder)
+        (folder / LOG).unlink(missing_ok=True)
+        shutil.rmtree(folder / SAMPLES, ignore_errors=True)
     networks = {name: network.requires_grad_(False) for name, network in c.networks.items()}
     with explained(), state.main_process_first():
         for done, of in draw_class(config, Pipeline(c), run.material):

@@ -11,6 +11,7 @@ from ldm.errors import LdmError
 from ldm.images import contact_sheet
 
 ROWS = 8  # of progress.png
+LOG, SAMPLES = "log.jsonl", "samples"
 
 
 class Record:
@@ -20,8 +21,8 @@ class Record:
     """
 
     def __init__(self, folder: Path, report_to: str = "none") -> None:
-        self.folder, self.log = folder, folder / "log.jsonl"
-        (folder / "samples").mkdir(parents=True, exist_ok=True)
+        self.folder, self.log = folder, folder / LOG
+        (folder / SAMPLES).mkdir(parents=True, exist_ok=True)
         self.events = _events(folder / "logs") if report_to == "tensorboard" else None
 
     def write(self, step: int, figures: dict[str, float]) -> None:
@@ -35,14 +36,14 @@ class Record:
 
     def picture(self, step: int, image: Image.Image) -> None:
         """What the model draws after a step, and the curve until then."""
-        with atomic_write(self.folder / "samples" / f"{step:07}.png") as file:
+        with atomic_write(self.folder / SAMPLES / f"{step:07}.png") as file:
             image.save(file, "PNG")
         if step:
             plot(self.log, self.folder / "curve.png")
 
     def sheet(self) -> None:
         """All pictures below each other, of many some, as progress.png."""
-        paths = sorted((self.folder / "samples").glob("*.png"))
+        paths = sorted((self.folder / SAMPLES).glob("*.png"))
         chosen = sorted({round(i * (len(paths) - 1) / max(1, ROWS - 1)) for i in range(ROWS)}) if paths else []
         shown = [Image.open(paths[i]).convert("RGB") for i in chosen]
         if shown:
