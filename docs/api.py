@@ -122,7 +122,8 @@ SECTIONS: tuple[tuple[str, str, tuple[tuple[str, tuple[str, ...]], ...]], ...] =
         "Needs the extra `train`; scenes need the Noto Color Emoji font.",
         (
             ("ldm.training.config", ("read_config", "LoopConfig", "FirstStageConfig", "ClipConfig", "DenoiserConfig")),
-            ("ldm.training.lora", ("Trained", "opened", "steps", "Run")),
+            ("ldm.training.lora", ("opened", "steps")),
+            ("ldm.training.plan", ("Run", "Trained")),
             ("ldm.training.loop", ("run_stage", "Progress", "Stage")),
             ("ldm.training.first_stage", ("first_stage",)),
             ("ldm.training.clip", ("clip",)),

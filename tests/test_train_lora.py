@@ -25,9 +25,10 @@ from ldm.interop import to_diffusers
 from ldm.pipeline import Pipeline
 from ldm.training.checkpointing import checkpoint_blocks
 from ldm.training.loop import explained
-from ldm.training.lora import LoRADiffusion, Run, opened, steps, train_lora, trainee_of
+from ldm.training.lora import LoRADiffusion, opened, steps, train_lora, trainee_of
 from ldm.training.lora_batches import LoRABatches
 from ldm.training.lora_config import LoRAConfig
+from ldm.training.plan import Run
 from ldm.training.record import rows_of
 from ldm.training.state import newest, states
 

@@ -18,7 +18,7 @@ from ldm.training.lora_config import NAMED, LoRAConfig
 
 if TYPE_CHECKING:
     from ldm.training.loop import Progress
-    from ldm.training.lora import Run
+    from ldm.training.plan import Run
 
 OTHER_NAMES = {name: field.name.replace("_", "-") for field in fields(LoRAConfig) for name in field.metadata["flags"]}
 """Names of options beside their own; those of a letter are shown on the help page, the rest would fill it."""
@@ -108,7 +108,7 @@ def tell(run: "Run", last: "Progress | None", as_json: bool) -> None:
     paths = [path for path in (made.adapter, made.embedding) if path is not None]
     if as_json:
         figures = last.figures if last is not None else {}
-        named = {name: None if path is None else str(path) for name, path in made._asdict().items() if name != "steps"}
+        named = {name: None if path is None else str(path) for name, path in made._asdict().items()}
         print(json.dumps({**named, "output_dir": c.output_dir, "steps": c.max_train_steps, "figures": figures}))
     else:
         print(*paths, sep="\n")

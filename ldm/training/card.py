@@ -4,16 +4,14 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from huggingface_hub import ModelCardData
 
-from ldm.checkpoints.components import Components
 from ldm.checkpoints.safe import atomic_text
 from ldm.checkpoints.single_file import known_family
 from ldm.sources import THE_BOX
-from ldm.training.lora_config import LoRAConfig
-from ldm.training.lora_data import Material
+from ldm.training.plan import Run
 from ldm.training.record import rows_of
 
 TAGS = ("text-to-image", "diffusers", "lora", "diffusers-training")  # as diffusers' scripts write
@@ -21,44 +19,6 @@ FEW = 4  # sample pictures that are shown
 LONGEST = 200  # characters of a caption
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 READ_BY_DIFFUSERS = ("diffusers", "kohya")  # of output_format
-
-
-class Result(Protocol):
-    """Where a run's result lies. None: it was not asked for."""
-
-    @property
-    def adapter(self) -> Path | None:
-        """The adapter's file."""
-        ...
-
-    @property
-    def embedding(self) -> Path | None:
-        """The learned word's file."""
-        ...
-
-
-class Finished(Protocol):
-    """What is told of a run (ldm.training.lora.Run is one). config: settled."""
-
-    @property
-    def config(self) -> LoRAConfig:
-        """What it was told."""
-        ...
-
-    @property
-    def components(self) -> Components:
-        """The model."""
-        ...
-
-    @property
-    def material(self) -> Material:
-        """The data."""
-        ...
-
-    @property
-    def result(self) -> Result:
-        """The files."""
-        ...
 
 
 class Names(NamedTuple):
@@ -74,7 +34,7 @@ class Names(NamedTuple):
     shown: list[str]
 
 
-def write_card(run: Finished, folder: Path) -> None:
+def write_card(run: Run, folder: Path) -> None:
     """Writes README.md into the folder of a run that has ended, whole or not at all. It tells no path of this machine.
 
     The licence is left open: it depends on the pictures. LdmError: the file cannot be written.
@@ -85,7 +45,7 @@ def write_card(run: Finished, folder: Path) -> None:
     atomic_text(folder / "README.md", f"---\n{head}\n---\n\n# {plain(run.config.output_name)}\n\n{body}\n")
 
 
-def names_of(run: Finished, folder: Path) -> Names:
+def names_of(run: Run, folder: Path) -> Names:
     """What the card calls things."""
     c, made = run.config, run.result
     name = sound(run.components.name)
@@ -104,7 +64,7 @@ def names_of(run: Finished, folder: Path) -> Names:
     )
 
 
-def header(run: Finished, names: Names) -> ModelCardData:
+def header(run: Run, names: Names) -> ModelCardData:
     """The fields by which the hub finds and shows it."""
     trigger = run.config.placeholder_token or run.config.instance_prompt
     tags = [tag for tag in TAGS if tag != "lora" or names.adapter]
@@ -118,7 +78,7 @@ def header(run: Finished, names: Names) -> ModelCardData:
     )
 
 
-def use(run: Finished, names: Names) -> Iterator[str]:
+def use(run: Run, names: Names) -> Iterator[str]:
     """How it is used: with ldm, with diffusers, in web UIs."""
     made = " and ".join(["a LoRA adapter"] * bool(names.adapter) + ["a learned word"] * bool(names.embedding))
     yield f"This is {made} for {plain(run.components.name)}, trained with `ldm train-lora`."
@@ -135,7 +95,7 @@ def use(run: Finished, names: Names) -> Iterator[str]:
         yield web(names)
 
 
-def diffusers_lines(run: Finished, names: Names) -> Iterator[str]:
+def diffusers_lines(run: Run, names: Names) -> Iterator[str]:
     """The same picture with diffusers."""
     yield "from diffusers import DiffusionPipeline"
     two = names.embedding and run.components.is_xl
@@ -173,7 +133,7 @@ def web(names: Names) -> str:
     return "\n\n".join(said)
 
 
-def training(run: Finished, folder: Path) -> Iterator[str]:
+def training(run: Run, folder: Path) -> Iterator[str]:
     """How it came about."""
     yield "## How it was trained"
     rows = [f"| {name} | {plain(str(value))} |" for name, value in facts(run, folder)]
@@ -182,7 +142,7 @@ def training(run: Finished, folder: Path) -> Iterator[str]:
         yield "![loss](curve.png)"
 
 
-def facts(run: Finished, folder: Path) -> Iterator[tuple[str, object]]:
+def facts(run: Run, folder: Path) -> Iterator[tuple[str, object]]:
     """Names and values of a table."""
     c, found = run.config, run.material
     yield "pictures", f"{len(found.pictures)}, {len(found.held_out)} held out; {found.buckets}"

@@ -143,8 +143,7 @@ def predicted(networks: Mapping[str, Any], given: Pass) -> Tensor:
     """What the U-Net makes of it; the texts go through the text encoders that are among the networks."""
     said = [network(given.ids)[0] for name, network in networks.items() if name != "unet"]
     context = torch.cat(said, -1).to(given.context.dtype) if said else given.context
-    x = given.x.contiguous(memory_format=torch.channels_last)
-    out: Tensor = networks["unet"](x, given.t, networks["unet"].prepare(context, given.pooled, given.sizes))
+    out: Tensor = networks["unet"](given.x, given.t, networks["unet"].prepare(context, given.pooled, given.sizes))
     return out
 
 

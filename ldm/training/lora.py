@@ -3,15 +3,14 @@
 """
 
 import json
-import re
 import shutil
 import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from PIL import Image
@@ -43,9 +42,9 @@ from ldm.training.frozen import sparing
 from ldm.training.loop import Progress, Stage, device_of, explained, moved, recorded
 from ldm.training.lora_batches import LoRABatch, LoRABatches
 from ldm.training.lora_config import LoRAConfig
-from ldm.training.lora_data import Material, draw_class, material, with_class
+from ldm.training.lora_data import draw_class, material, with_class
 from ldm.training.optimizers import RATES, Group, make_optimizer
-from ldm.training.plan import settled
+from ldm.training.plan import Run, Trained, settled
 from ldm.training.record import LOG, SAMPLES
 from ldm.training.state import forget
 from ldm.training.words import Words, write_embedding
@@ -59,36 +58,8 @@ FREE = {  # fields that may differ when a run goes on: they do not change what i
     "dataloader_num_workers", "threads", "device", "no_cache", "data", "class_data_dir", "model", "revision", "variant",
     "policy", "max_skipped_steps", "gradient_accumulation_steps", "num_train_epochs", "gradient_checkpointing", "fsdp",
 }  # fmt: skip
-UNNAMED = r"[^\w. -]"  # what names of files had better not have
 TRAINED_ON = ("unet", "vae", "text_encoder", "text_encoder_2")  # networks that a run may not find changed
 UNBOUND = ("constant", "constant_with_warmup")  # schedules that do not look at the end: more steps may be asked for
-
-
-class Trained(NamedTuple):
-    """The files that a run leaves. None: it was not asked for."""
-
-    adapter: Path | None
-    embedding: Path | None
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run that is about to begin: everything is opened and checked, nothing is trained yet."""
-
-    config: LoRAConfig  # settled: nothing is left to the model
-    components: Components
-    material: Material
-
-    @property
-    def result(self) -> "Trained":
-        """Where the adapter and the learned word will lie."""
-        config, folder = self.config, Path(self.config.output_dir)
-        adapter = folder / (config.output_name + ".safetensors" * (config.output_format != "peft"))
-        # of SDXL, a file of a learned word does not hold its name: the file's own is it
-        embedding = folder / "embeddings" / f"{re.sub(UNNAMED, '_', config.placeholder_token)}.safetensors"
-        return Trained(
-            adapter if config.rank or config.init_adapter else None, embedding if config.placeholder_token else None
-        )
 
 
 def opened(config: LoRAConfig) -> Run:
@@ -104,17 +75,18 @@ def opened(config: LoRAConfig) -> Run:
     c = pipeline.components
     if c.task != "text-to-image":
         raise UsageError(f"{c.name} is a model for {c.task}; a LoRA is trained on models that draw from text alone")
-    adapter = read_for(c, Path(config.init_adapter)) if config.init_adapter else Adapter({})
-    if not config.train_text_encoder and any(address.startswith("text_encoder") for address in adapter.layers):
+    start = read_for(c, Path(config.init_adapter)) if config.init_adapter else None
+    if start and not config.train_text_encoder and any(name.startswith("text_encoder") for name in start.layers):
         raise UsageError(
             f"{config.init_adapter} adapts the text encoder, too; add --train-text-encoder to go on from it"
         )
     found = material(config := settled(config, c), c)
-    config = settled(config, c, len(found.pictures), state.num_processes)
+    if config.max_train_steps is None:  # a number of epochs was asked for
+        config = settled(config, c, len(found.pictures), state.num_processes)
     told, probe = loop_config(config), torch.zeros(1, device=device, requires_grad=True)
     make_optimizer(told.optimizer, [Group([probe], told.learning_rate)], told)  # refuses before anything is encoded
     RATES[told.lr_scheduler](0, told)
-    return Run(config, c, found)
+    return Run(config, c, found, start)
 
 
 class Trainee(nn.Module):
@@ -176,14 +148,8 @@ class LoRADiffusion(nn.Module):
         prepared = unet.prepare(said.context.to(kind), None if said.pooled is None else said.pooled.to(kind), sizes)
         x0, noise = self.latents(batch), batch.noise
         seen = perturbed(noise, batch.extra, config.input_perturbation) if config.input_perturbation else None
-        return self.loss(
-            lambda x, t: unet(x.to(kind), t, prepared),
-            x0,
-            batch.t,
-            noise,
-            batch.mask if len(batch.mask) else None,
-            seen,
-        )
+        mask = batch.mask if len(batch.mask) else None
+        return self.loss(lambda x, t: unet(x.to(kind), t, prepared), x0, batch.t, noise, mask, seen)
 
     @torch.no_grad()
     def latents(self, batch: LoRABatch) -> Tensor:
@@ -205,49 +171,31 @@ class LoRADiffusion(nn.Module):
         return encoder(list(batch.captions), skip)
 
 
+LOOPS_NAMES = {  # fields of LoopConfig that LoRAConfig calls as diffusers does; the others are called alike
+    "out": "output_dir", "steps": "max_train_steps", "batch_size": "train_batch_size",
+    "warmup_steps": "lr_warmup_steps",
+    "weight_decay": "adam_weight_decay", "beta1": "adam_beta1", "beta2": "adam_beta2", "epsilon": "adam_epsilon",
+    "workers": "dataloader_num_workers", "log_every": "logging_steps", "save_every": "checkpointing_steps",
+    "sample_every": "validation_steps", "keep_states": "checkpoints_total_limit",
+}  # fmt: skip
+
+
 def loop_config(config: LoRAConfig) -> LoopConfig:
-    """What of a settled configuration the loop is told."""
-    return LoopConfig(
-        out=config.output_dir,
-        steps=config.max_train_steps or 1,
-        batch_size=config.train_batch_size or 1,
-        optimizer=config.optimizer,
-        learning_rate=config.learning_rate or 0.0,
-        lr_scheduler=config.lr_scheduler or "constant",
-        warmup_steps=config.lr_warmup_steps,
-        lr_num_cycles=config.lr_num_cycles,
-        lr_power=config.lr_power,
-        weight_decay=config.adam_weight_decay,
-        beta1=config.adam_beta1,
-        beta2=config.adam_beta2,
-        epsilon=config.adam_epsilon,
-        max_grad_norm=config.max_grad_norm,
-        max_skipped_steps=config.max_skipped_steps,
-        ema_decay=config.ema_decay,
-        seed=config.seed,
-        device=config.device,
-        mixed_precision=config.mixed_precision or "no",
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        workers=config.dataloader_num_workers,
-        threads=config.threads,
-        log_every=config.logging_steps,
-        save_every=config.checkpointing_steps,
-        sample_every=config.validation_steps,
-        sample_first=True,
-        keep_states=config.checkpoints_total_limit,
-        report_to=config.report_to,
-    )
+    """What of a settled configuration the loop is told; for what is open still, and its own, it has defaults."""
+    named = {field.name: LOOPS_NAMES.get(field.name, field.name) for field in fields(LoopConfig)}
+    told = {ours: getattr(config, theirs, None) for ours, theirs in named.items()}
+    return LoopConfig(**{name: value for name, value in told.items() if value is not None} | {"sample_first": True})
 
 
-def trainee_of(config: LoRAConfig, c: Components) -> tuple[Trainee, list[Group]]:
-    """What a run trains, fresh or from `init_adapter`, and its learning rates."""
+def trainee_of(config: LoRAConfig, c: Components, start: Adapter | None = None) -> tuple[Trainee, list[Group]]:
+    """What a run trains, fresh or from an adapter, and its learning rates."""
     torch.manual_seed(config.seed)
     words = None
     if config.placeholder_token:
         words = Words.for_model(c, config.placeholder_token, config.initializer_token, config.num_vectors)
     lora = fresh(config, adapted(config, c)) if config.rank else None
-    if config.init_adapter:
-        lora = LoRA.from_adapter(read_for(c, Path(config.init_adapter)), c.networks)
+    if start is not None:
+        lora = LoRA.from_adapter(start, c.networks)
     groups = []
     rate = config.learning_rate or 0.0
     text_rate = rate if config.text_encoder_lr is None else config.text_encoder_lr
@@ -357,15 +305,9 @@ def steps(run: Run) -> Iterator[Progress]:
         batches = LoRABatches(config, c, run.material)
         for done, of in batches.fill():
             yield Progress(done, {}, None, preparing="latents and texts", of=of)
-    base = digest(
-        {
-            f"{name}.{key}": t
-            for name in TRAINED_ON
-            if name in networks
-            for key, t in networks[name].state_dict().items()
-        }
-    )
-    trainee, groups = trainee_of(config, c)
+    known = ((name, networks[name].state_dict().items()) for name in TRAINED_ON if name in networks)
+    base = digest({f"{name}.{key}": tensor for name, tensors in known for key, tensor in tensors})
+    trainee, groups = trainee_of(config, c, run.start)
     trainee.to(next(c.unet.parameters()).device)
     if config.gradient_checkpointing:
         checkpoint_blocks(networks.values())

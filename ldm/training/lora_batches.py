@@ -45,7 +45,7 @@ class LoRABatch(NamedTuple):
     sample: Tensor  # [B, C, h, w] standard normal: x0 = (mean + std * sample) * scaling_factor
     noise: Tensor  # [B, C, h, w]: standard normal, shifted by noise_offset
     extra: Tensor  # [B, C, h, w] standard normal, of input perturbation; empty [0] without
-    t: Tensor  # [B] int64, uniform in [min_timestep, max_timestep)
+    t: Tensor  # [B] int64 in [min_timestep, max_timestep), even or logit-normal
     weight: Tensor  # [B]: 1, and of class pictures prior_loss_weight
     mask: Tensor  # [B, 1, h, w] in [0, 1]; empty [0] where no picture of the run has one
     sizes: Tensor  # [B, 6] as SDXL is told them (Placement.time_ids)

@@ -3,6 +3,7 @@
 Needs no torch, for help pages are made of it.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -193,8 +194,8 @@ class LoRAConfig:
             if (value := getattr(self, name)) is not None:
                 choose(name, value, known)
         for name, least in LEAST.items():
-            if (value := getattr(self, name)) is not None and not value >= least:
-                raise UsageError(f"{name} is {value}; it must be at least {least}")
+            if (value := getattr(self, name)) is not None and not least <= value < math.inf:
+                raise UsageError(f"{name} is {value}; it must be at least {least}, and finite")
         if not self.data:
             raise UsageError("no pictures to train on; name their folder with --data")
         if self.rank == 0 and not self.placeholder_token:

@@ -3,6 +3,7 @@ time they take.
 """
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ldm.adapters.adapter import Adapter
 from ldm.checkpoints.components import Components
 from ldm.data.buckets import Buckets, Size
 from ldm.errors import UsageError
@@ -29,6 +31,37 @@ from ldm.training.counting import (
 )
 from ldm.training.lora_config import LoRAConfig
 from ldm.training.lora_data import Material
+
+UNNAMED = r"[^\w. -]"  # what names of files had better not have
+
+
+class Trained(NamedTuple):
+    """The files that a run leaves. None: it was not asked for."""
+
+    adapter: Path | None
+    embedding: Path | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is about to begin: everything is opened and checked, nothing is trained yet."""
+
+    config: LoRAConfig  # settled: nothing is left to the model
+    components: Components
+    material: Material
+    start: Adapter | None = None  # what it goes on from, `init_adapter`
+
+    @property
+    def result(self) -> Trained:
+        """Where the adapter and the learned word will lie."""
+        config, folder = self.config, Path(self.config.output_dir)
+        adapter = folder / (config.output_name + ".safetensors" * (config.output_format != "peft"))
+        # of SDXL, a file of a learned word does not hold its name: the file's own is it
+        embedding = folder / "embeddings" / f"{re.sub(UNNAMED, '_', config.placeholder_token)}.safetensors"
+        return Trained(
+            adapter if config.rank or config.init_adapter else None, embedding if config.placeholder_token else None
+        )
+
 
 # -- what is left to the model ----------------------------------------------------------------------------------------
 
