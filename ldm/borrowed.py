@@ -38,9 +38,10 @@ class Borrowed:
         name = type(self.scheduler).__name__
         if order.scheduler not in (None, name):
             return None
-        for field in ("nfe", "schedule_type"):
+        for field in ("nfe", "schedule_type", "image"):
             if value := getattr(order, field):
-                raise UsageError(f"{field} is {value}, and {name} of diffusers lays its own steps out; leave it out")
+                said = "a picture is edited" if field == "image" else f"{field} is {value}"
+                raise UsageError(f"{said}, and {name} of diffusers lays its own steps out; leave it out")
         base, kind = from_config(self.config), self.scheduler.config.get("prediction_type")
         if kind in PREDICTIONS and base.prediction in PREDICTIONS and kind != base.prediction:
             raise UsageError(

@@ -1,7 +1,7 @@
 """What a network is told beside the latents: the states of the text, the pooled text, and SDXL's sizes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -40,6 +40,12 @@ class Script:
     weights: tuple[tuple[float, ...], ...]
     tokens: tuple[int, ...]
     guiding: bool
+
+    def twice_negative(self, images: int) -> "Script":
+        """With the negative block said once more before the others: of networks that are guided by a picture too."""
+        rows = [*range(images), *range(len(self.tokens))]
+        acts = tuple((until, said.select(rows)) for until, said in self.acts)
+        return replace(self, acts=acts, tokens=tuple(self.tokens[row] for row in rows))
 
 
 def encoder_of(c: Components) -> AnyEncoder:

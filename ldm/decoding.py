@@ -22,9 +22,18 @@ def decoder_in(vae: VAE, dtype: torch.dtype) -> VAE:
     """The autoencoder, if its weights are of this type; else a copy of its decoding half that is. The given one stays
     as it is, for others may be decoding with it.
     """
+    return _half_in(vae, dtype, vae.encoder)
+
+
+def encoder_in(vae: VAE, dtype: torch.dtype) -> VAE:
+    """The same for encoding."""
+    return _half_in(vae, dtype, vae.decoder)
+
+
+def _half_in(vae: VAE, dtype: torch.dtype, unused: nn.Module) -> VAE:
     if next(vae.parameters()).dtype == dtype:
         return vae
-    return copy.deepcopy(vae, {id(vae.encoder): nn.Identity()}).to(dtype)
+    return copy.deepcopy(vae, {id(unused): nn.Identity()}).to(dtype)
 
 
 def decoded(

@@ -21,7 +21,9 @@ MOST_LINES, MOST_CHARACTERS, WIDEST_LABEL = 8, 2000, 256  # of a label; the last
 MOST_VALUES = 400  # of an axis
 
 NOT_AXES = ("output_type", "num_images_per_prompt")  # a cell of a plot is one picture
-TEXTS = ("prompt", "negative_prompt")  # fields whose values are separated by |, because they have commas in them
+BESIDE = {"prompt": "an owl", "variation_strength": 0.5, "image": "owl.png", "mask_image": "alpha"}
+# Fields whose values are separated by |, because they have commas in them.
+TEXTS = ("prompt", "negative_prompt", "source_prompt", "mask_image", "extend")
 NUMBER = r"[+-]?(?:\d{1,20}(?:\.\d{1,20})?|\.\d{1,20})"
 RANGE = re.compile(rf"({NUMBER})(?:\.\.({NUMBER})(?::({NUMBER}))?)?", re.ASCII)
 
@@ -155,8 +157,8 @@ def axes(text: str) -> tuple[str, list[Any]]:
     for value in values:
         if value == "" and field != "negative_prompt":
             raise UsageError(f"axis {text!r} has an empty value; take out what separates it from the next")
-        # A variation seed is right only beside a strength; whether the plot has one is for its own request to say.
-        make_request(None, {"prompt": "an owl", "variation_strength": 0.5} | {field: value})
+        # Some fields are right only beside others; whether the plot has those is for its own request to say.
+        make_request(None, BESIDE | {field: value})
     return field, values
 
 

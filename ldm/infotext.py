@@ -22,8 +22,8 @@ RNG = {"cpu": "CPU", "gpu": "NV"}  # NV: a GPU's numbers without one; absent, A1
 BRACKETS = re.compile(r"[()\[\]]")  # with which A1111 writes weights and schedules
 
 ORDER = ("Steps", "Sampler", "Schedule type", "CFG scale", "Seed", "Size", "Model hash", "Model", "Variation seed",
-         "Variation seed strength", "Clip skip", "ENSD", "RNG", "Emphasis", "Eta", "Eta DDIM", "Lora hashes",
-         "Profile", "Version")  # fmt: skip
+         "Variation seed strength", "Denoising strength", "Clip skip", "ENSD", "RNG", "Inpaint area",
+         "Masked area padding", "Emphasis", "Eta", "Eta DDIM", "Lora hashes", "Profile", "Version")  # fmt: skip
 FEWEST_KEYS = 3  # in the last line, for it to count
 # A1111's `\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)`, which takes the square of the length where words
 # have no colon after them. This takes such words too, without a value, and so never goes back.
@@ -52,7 +52,7 @@ def write(fields: Mapping[str, Any], extra: Mapping[str, str]) -> str:
     name, profile = fields.get("scheduler") or "", fields.get("profile")
     sampler = SAMPLERS.get(name, Sampler(name, exact=False))
     varied, skipped = fields.get("variation_strength"), fields.get("clip_skip")
-    size = (fields.get("width"), fields.get("height"))
+    size, padding = (fields.get("width"), fields.get("height")), fields.get("padding_mask_crop")
     prompt, negative = fields.get("prompt") or "", fields.get("negative_prompt") or ""
     plain = (fields.get("literal") or profile == "diffusers") and BRACKETS.search(prompt + negative)
     level = None if skipped is None else skipped + (profile == "diffusers")  # A1111 counts the last layer as 1
@@ -67,9 +67,12 @@ def write(fields: Mapping[str, Any], extra: Mapping[str, str]) -> str:
         "Size": "{}x{}".format(*size) if all(size) else None,
         "Variation seed": fields.get("variation_seed") if varied else None,
         "Variation seed strength": varied or None,
+        "Denoising strength": None if fields.get("image") is None else fields.get("strength"),
         "Clip skip": level if level and level > 1 else None,
         "ENSD": fields.get("eta_noise_seed_delta") or None,
         "RNG": RNG.get(fields.get("noise_source") or ""),
+        "Inpaint area": None if padding is None else "Only masked",
+        "Masked area padding": padding,
         "Emphasis": "None" if plain else None,
         "Eta DDIM" if name == "ddim" else "Eta": fields.get("eta"),
         "Profile": profile,
@@ -156,6 +159,11 @@ def request_fields(text: str) -> tuple[dict[str, Any], list[str]]:
     elif "variation_strength" in fields:
         notes.append("A1111 turns the noise of variations column by column, here it is turned as a whole")
     known = {"Prompt", "Negative prompt", *ORDER, *CARRIED}
+    if any(key.startswith("Hires") for key in found):  # of its second pass, from its own picture
+        known.remove("Denoising strength")
+    elif "Denoising strength" in found:
+        said = {"--strength": found["Denoising strength"], "--only-masked": found.get("Masked area padding")}
+        notes.append(_picture_note(said))
     if lost := [key for key in found if key not in known or (key == "Profile" and not ours)]:
         notes.append(f"not carried over: {_listed(lost)}")
     notes += _network_notes(found["Prompt"], found.get("Lora hashes", ""))
@@ -213,7 +221,7 @@ def comfy_fields(prompt_json: str) -> tuple[dict[str, Any], list[str]]:
         raise ModelError("the graph of ComfyUI has no KSampler, and no other sampler is read")
     begun = [(inputs, _latent(graph, inputs)) for inputs in samplers[:MOST_NODES]]
     inputs, latent = next(((inputs, latent) for inputs, latent in begun if latent is not None), begun[0])
-    notes, fields = list[str](), dict[str, Any]()
+    notes, fields, denoise = list[str](), dict[str, Any](), _value(graph, inputs.get("denoise", 1))
     if len(samplers) > 1:
         notes.append(f"the graph has {len(samplers)} samplers; the first of them was read")
     for name, keys in {
@@ -223,7 +231,7 @@ def comfy_fields(prompt_json: str) -> tuple[dict[str, Any], list[str]]:
         if isinstance(value, int | float):
             fields[name] = value
     if latent is None:
-        notes.append("it began from another picture, which was not carried over")
+        notes.append(_picture_note({"--strength": None if denoise == 1 else denoise}))
     else:
         fields |= {name: _value(graph, latent.get(name)) for name in ("width", "height")}
         if latent.get("batch_size", 1) != 1:
@@ -234,7 +242,7 @@ def comfy_fields(prompt_json: str) -> tuple[dict[str, Any], list[str]]:
         fields[field], skipped = _conditioning(graph, inputs.get(key), key)
         if field == "prompt":
             fields["clip_skip"] = skipped
-    if inputs.get("denoise", 1) != 1 or inputs.get("add_noise", "enable") != "enable":
+    if (latent is not None and denoise != 1) or inputs.get("add_noise", "enable") != "enable":
         notes.append("its latents did not begin as noise alone, which was not carried over")
     notes += _comfy_words(fields) + _comfy_model(graph, inputs) + _network_notes(fields["prompt"] or "")
     return _valid({name: value for name, value in fields.items() if value is not None}, notes), notes
@@ -257,6 +265,13 @@ def _model_note(name: str | None, digest: str | None) -> list[str]:
     if not name and not digest:
         return []
     return [f"it was made with the model {brief(name or 'unnamed')}" + (f", hash {brief(digest)}" if digest else "")]
+
+
+def _picture_note(said: Mapping[str, Any]) -> str:
+    """What is to be given where a picture was made from another. said: option -> what it was; numbers are passed on."""
+    numbers = {option: _number(str(value), True) for option, value in said.items()}
+    options = ["--image", *(f"{option} {_shown(n)}" for option, n in numbers.items() if n is not None)]
+    return f"it was made from another picture, which is not in it; give it with {' and '.join(options)}"
 
 
 def _network_notes(prompt: str, hashes: str = "") -> list[str]:

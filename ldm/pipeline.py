@@ -3,7 +3,6 @@
 B images, C latent channels, H W latent height and width, T tokens, D text width.
 """
 
-import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,32 +14,31 @@ from torch import Tensor
 
 from ldm import loras
 from ldm.adapters.strength import Strength
-from ldm.adapters.weights import at
 from ldm.checkpoints.components import Components
 from ldm.checkpoints.folder import save_folder
 from ldm.checkpoints.safe import file_sha256
 from ldm.checkpoints.single_file import open_single_file, save_single_file
-from ldm.conditioning import AnyEncoder, encoder_of, script, sizes, unheard
+from ldm.conditioning import AnyEncoder, encoder_of, unheard
 from ldm.decoding import decoded
+from ldm.editing import Ground, mask_remarks, pasted, settled, source_of_edit
 from ldm.errors import ModelError, UsageError
 from ldm.images import Pictures, of_type, to_pil
+from ldm.models.seamless import seamless
 from ldm.models.tiny_vae import AutoencoderTiny
 from ldm.models.unet import UNet
 from ldm.models.vae import AutoencoderKL
 from ldm.noise import Generator, generators
 from ldm.prompts import untagged
-from ldm.refusals import refuse_unfit
 from ldm.request import MOST_IMAGES, Request, make_request
-from ldm.runtime import decoding_types, latent_sides, refuse_if_too_large, resolve_device, resolve_dtype
+from ldm.runtime import decoding_types, resolve_device, resolve_dtype
 from ldm.safety import flagged
 from ldm.schedulers import Sampling, Step
+from ldm.schedulers.laps import total
 from ldm.sources import open_model
+from ldm.staging import resolved, run_of
 from ldm.text.encoder import Conditioning
 from ldm.text.inversion import attach, read_embedding
-from ldm.walk import Run, sampling_of, steps_of
-
-FALLBACKS = {"num_inference_steps": 25, "guidance_scale": 7.5}  # of a model without generation_config.json
-XL_FALLBACKS = FALLBACKS | {"guidance_scale": 5.0}
+from ldm.walk import Run, sampling_of
 
 
 @dataclass(frozen=True)
@@ -280,34 +278,21 @@ class Pipeline:
         said = self.remarks(order)
         if order.output_type == "latent":
             return Result(final, seeds, order, final, notes=said)
-        images, flags, notes = self.shown(final, (order.height or 0, order.width or 0))
+        images, flags, notes = self.finished(final, order)
         return Result(of_type(images, order.output_type), seeds, order, final, flags, (*said, *notes))
 
     def resolve(self, request: Request, given: Conditioning | None = None) -> Request:
         """The request with every open choice made: the model's defaults, the size, the seeds (drawn if there are
         none). UsageError where it cannot be drawn.
         """
-        side = self.components.unet.config.sample_size * self.vae.config.factor
-        sampling = self.sampling(request)
-        known: dict[str, Any] = XL_FALLBACKS if self.components.is_xl else FALLBACKS
-        known = {"height": side, "width": side, **known, **self.components.generation}
-        known |= {"noise_source": "gpu" if request.profile == "a1111" else "cpu"}
-        chosen = {name: value for name, value in known.items() if getattr(request, name) is None}
-        count = self.count(request, given)
-        drawn = ("seed", "variation_seed") if request.variation_strength else ("seed",)
-        chosen |= {name: secrets.randbelow(2**32) for name in drawn if getattr(request, name) is None}
-        chosen |= {"scheduler": sampling.scheduler.name, "nfe": None}
-        chosen |= {"schedule_type": sampling.spacing.sigma_grid or request.schedule_type}
-        chosen |= {"num_inference_steps": steps_of(sampling, request, known["num_inference_steps"])}
-        order = replace(request, **chosen)
+        order, count = settled(self.components, request), self.count(request, given)
         loras.fetch(self.components, order, self.lora_dir)
-        refuse_unfit(self.components, sampling, order)
-        return replace(order, seed=order.seeds(count), variation_seed=order.variation_seeds(count))
+        return resolved(self.components, self.sampling(order), order, count)
 
     def remarks(self, request: Request) -> tuple[str, ...]:
         """What a resolved request asks that will not be heeded, or otherwise than it may seem; a sentence each."""
         said = unheard(self._encoder, request) if request.prompts else ()
-        return (*filter(None, [self.sampling(request).note]), *said)
+        return (*filter(None, [self.sampling(request).note]), *said, *mask_remarks(self.components, request))
 
     def count(self, request: Request, given: Conditioning | None = None) -> int:
         """How many pictures a request asks for. UsageError: none, too many, or both prompts and embeddings."""
@@ -337,21 +322,31 @@ class Pipeline:
         order = self.resolve(request, given)
         assert isinstance(order.seed, tuple)
         draws = generators(generator, order.seed, order.noise_source or "cpu")
-        if self.refiner is None or order.denoising_start or order.denoising_end < 1 or order.refiner_start == 1:
-            yield from self.run(order, draws, given, negative).steps(latents, resume)
-            return
-        if given or negative:
+        count, step = 0, resume
+        for walk, length in self._parts(order, draws, given, negative):
+            if resume is None or resume.index < count + length:
+                later = replace(resume, index=resume.index - count) if resume and resume.index >= count else None
+                for step in walk(latents, later):
+                    yield replace(step, index=count + step.index)
+            assert step is not None
+            latents, count = step.latents, count + length
+
+    def _parts(
+        self, order: Request, draws: Sequence[Generator], given: Conditioning | None, negative: Conditioning | None
+    ) -> Iterator[tuple[Callable[[Tensor | None, Step | None], Iterator[Step]], int]]:
+        """What a resolved request is carried out in, in order: a walk and how many steps it has."""
+        split = bool(self.refiner and not order.denoising_start and order.denoising_end == 1 != order.refiner_start)
+        if split and (given or negative):
             raise UsageError("embeddings were given and the model has a refiner, which reads others; give prompts")
-        first = self.run(replace(order, denoising_end=order.refiner_start), draws)
-        count, step = len(first.levels.timesteps), resume
-        if resume is None or resume.index < count:
-            for step in first.steps(latents, resume):
-                yield step
-        assert step is not None
-        rest = self.refiner.resolve(replace(untagged(order), denoising_start=order.refiner_start, clip_skip=None))
-        later = replace(step, index=step.index - count) if step.index >= count else None
-        for end in self.refiner.run(rest, draws).steps(step.latents, later):  # the noise reads on
-            yield replace(end, index=count + end.index)
+        run = self.run(replace(order, denoising_end=order.refiner_start) if split else order, draws, given, negative)
+        if order.source_prompt is not None:
+            back = self.run(source_of_edit(order), draws, ground=run.ground)
+            yield back.inverted, len(back.levels.timesteps)
+        yield run.steps, total(run.laps)
+        if split and self.refiner:
+            rest = replace(untagged(order), denoising_start=order.refiner_start, clip_skip=None)
+            run = self.refiner.run(self.refiner.resolve(rest), draws)  # the noise reads on
+            yield run.steps, total(run.laps)
 
     def run(
         self,
@@ -359,18 +354,15 @@ class Pipeline:
         draws: Sequence[Generator],
         given: Conditioning | None = None,
         negative: Conditioning | None = None,
+        ground: Ground | None = None,
     ) -> Run:
-        """A run of a resolved request by this model alone: prompt -> embeddings, and what else it is made of."""
-        assert order.height and order.width and order.guidance_scale is not None
-        c, images, vae = self.components, len(draws), self.vae.config
-        at_once = images if self.device.type == "cuda" else 1
-        refuse_if_too_large(c.unet, self.vae, order.height, order.width, at_once, images)
-        cast = loras.cast_of(c, order)
-        with c.weights.using(at(cast)):
-            said = script(c, self._encoder, order, order.guidance_scale != 1, given, negative)
-        shape = (vae.latent_channels, *latent_sides(order.height, order.width, vae.factor))
-        told = sizes(c, order, images, said.guiding, len(said.weights))
-        return Run(c.unet, self.sampling(order), order, shape, said, told, draws, c.weights, cast)
+        """A run of a resolved request by this model alone: prompt -> embeddings, and what else it is made of. ground:
+        its picture, if that is encoded already.
+        """
+        sampling, at_once = self.sampling(order), len(draws) if self.device.type == "cuda" else 1
+        return run_of(
+            self.components, self.vae, self._encoder, sampling, order, draws, at_once, given, negative, ground
+        )
 
     @torch.inference_mode()
     def decode(self, latents: Tensor, size: tuple[int, int] | None = None) -> Tensor:
@@ -381,17 +373,25 @@ class Pipeline:
 
     @torch.inference_mode()
     def shown(
-        self, latents: Tensor, size: tuple[int, int] | None = None
+        self, latents: Tensor, size: tuple[int, int] | None = None, axes: str = ""
     ) -> tuple[Tensor, tuple[bool, ...], tuple[str, ...]]:
         """Latents -> images [B, 3, H, W] as `decode`, but black where the model's safety checker flags them, its
-        verdicts (none where there is no checker), and notes for the user.
+        verdicts (none where there is no checker), and notes for the user. axes: along which they are seamless.
         """
-        images, notes = decoded(self.vae, latents, decoding_types(self.components.unet, self.vae), size)
+        with seamless(axes):
+            images, notes = decoded(self.vae, latents, decoding_types(self.components.unet, self.vae), size)
         checker = self.components.safety_checker
         flags = flagged(checker, to_pil(images)) if checker else ()
         for i in (i for i, flag in enumerate(flags) if flag):
             images[i] = -1
         return images, flags, notes
+
+    def finished(self, latents: Tensor, request: Request) -> tuple[Tensor, tuple[bool, ...], tuple[str, ...]]:
+        """As `shown`, of a resolved request: at its size, and where it edits a picture, put into that [B, 3, H, W], or
+        [B, 4, H, W] where that is transparent somewhere.
+        """
+        images, flags, notes = self.shown(latents, (request.height or 0, request.width or 0), request.seamless or "")
+        return pasted(self.components, request, images), flags, notes
 
     def pictures(self, latents: Tensor, output_type: str = "pil", size: tuple[int, int] | None = None) -> Pictures:
         """Latents -> images -> PIL pictures, a tensor [B, 3, H, W] or an array [B, H, W, 3] in 0..1. A picture that the

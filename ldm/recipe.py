@@ -27,13 +27,16 @@ if TYPE_CHECKING:
 
     from ldm.pipeline import Pipeline
 
-VERSION = 2  # of the JSON form; a change that an older reader would misread raises it
+VERSION = 3  # of the JSON form; a change that an older reader would misread raises it
 LARGEST_JSON = 1_000_000  # characters
 DEEPEST = 8  # nesting of a scheduler's or adapter's configuration
 LONGEST_NAME = 200
 LISTS = ("timesteps", "sigmas")  # fields of Request that have several values for one picture
 DIGEST = re.compile(r"[0-9a-f]{64}")
 SHORT = re.compile(r"[0-9a-f]{12}")  # of A1111's hash of an adapter
+INPUTS = {"image": "picture", "mask_image": "picture", "noise": "noise"}
+"""Fields of Request that are files -> what stands for one without a name."""
+SHAPE = re.compile(r"alpha(\+|$)|(box|ellipse|polygon):")  # a mask in words (ldm.masks), which is no file
 NOT_KEPT = ("output_type", "num_images_per_prompt")  # fields of Request that say nothing of one picture
 CHOSEN = ("prompt", "negative_prompt", "seed", "num_inference_steps", "guidance_scale", "height", "width", "scheduler")
 """Fields that every recipe says. The others may be missing: one that Request gained later changes nothing unsaid."""
@@ -46,7 +49,8 @@ class Recipe:
     request: the fields of Request for this picture alone, with every choice made (prompt str, seed int), without
     NOT_KEPT. model: a name; of a path only the last part is kept. components: unet, vae, tokenizer ... -> the SHA-256
     of each, in hex. scheduler: the model's scheduler_config.json. threads: of the CPU. versions: ldm, torch,
-    python, cpu (its instruction set). adapters: what each is, in order. Numbers that JSON has not (-inf) become text.
+    python, cpu (its instruction set). adapters: what each is, in order. inputs: field of Request (of INPUTS) -> the
+    SHA-256 of what was given there; the field keeps its file's name. Numbers that JSON has not (-inf) become text.
     """
 
     request: dict[str, Any]
@@ -58,6 +62,7 @@ class Recipe:
     threads: int
     versions: dict[str, str]
     adapters: tuple[dict[str, Any], ...] = ()
+    inputs: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         name = re.split(r"[/\\]", self.model.rstrip("/\\"))[-1][:LONGEST_NAME]
@@ -94,8 +99,22 @@ def _plain(value: Any, depth: int = 0) -> Any:
 
 
 def fields_of(request: Request) -> dict[str, Any]:
-    """The fields of one picture's Request (of `Request.singles`) that a Recipe keeps."""
-    return {f.name: getattr(request, f.name) for f in dataclasses.fields(Request) if f.name not in NOT_KEPT}
+    """The fields of one picture's Request (of `Request.singles`) that a Recipe keeps; of a picture or noise that was
+    opened, the name of its file.
+    """
+    kept = {f.name: getattr(request, f.name) for f in dataclasses.fields(Request) if f.name not in NOT_KEPT}
+    return kept | {name: _file_name(kept[name].name) or INPUTS[name] for name in inputs_of(request)}
+
+
+def inputs_of(request: Request) -> dict[str, str]:
+    """The SHA-256 of what a resolved request is given: of its Source, its mask's, its GivenNoise."""
+    given = {name: getattr(request, name) for name in INPUTS}
+    return {name: value.sha256 for name, value in given.items() if hasattr(value, "sha256")}
+
+
+def _file_name(text: str) -> str:
+    """The last part of a path, as it may be shown and looked for."""
+    return "".join(c if c.isprintable() else "?" for c in re.split(r"[/\\]", text)[-1])[:LONGEST_NAME]
 
 
 def recipe_of(pipeline: "Pipeline", request: Request, components: Mapping[str, str]) -> Recipe:
@@ -117,6 +136,7 @@ def recipe_of(pipeline: "Pipeline", request: Request, components: Mapping[str, s
         threads=torch.get_num_threads(),
         versions=versions | {"cpu": torch.backends.cpu.get_cpu_capability()},
         adapters=tuple(row | _a1111_hash(pipeline, row) for row in pipeline.adapters_of(request)),
+        inputs=inputs_of(request),
     )
 
 
@@ -186,7 +206,9 @@ def from_json(text: str) -> Recipe:
     version = form.pop("version", None)
     if type(version) is not int or not 1 <= version <= VERSION:
         raise ModelError(f"the recipe is of version {brief(version)} and only 1 to {VERSION} are read; update ldm")
-    _same_names("the recipe", form, list(CHECKS), list(CHECKS))
+    known = [name for name in CHECKS if name != "inputs" or version > 2]
+    _same_names("the recipe", form, known, known)
+    form = {"inputs": {}} | form
     for name, (check, kind) in CHECKS.items():
         if not check(form[name]):
             raise ModelError(f"{name} of the recipe is {brief(form[name])}; it must be {kind}")
@@ -196,6 +218,7 @@ def from_json(text: str) -> Recipe:
     _same_names("the recipe's request", form["request"], CHOSEN, known)
     unsaid = next((name for name in CHOSEN if form["request"][name] is None), None)
     single = {name: value for name, value in form["request"].items() if name not in LISTS}
+    _refuse_files(form["request"], form["inputs"])
     if unsaid or any(isinstance(value, list | dict) for value in single.values()):
         raise ModelError(f"the recipe's request is not of one picture: {unsaid or 'a field'} is not one value")
     try:
@@ -203,6 +226,24 @@ def from_json(text: str) -> Recipe:
     except UsageError as error:
         raise ModelError(f"the recipe's request cannot be carried out: {str(error)[:300]}") from None
     return Recipe(**form | {"request": fields_of(request), "adapters": tuple(form["adapters"])})
+
+
+def _refuse_files(request: Mapping[str, Any], inputs: Mapping[str, str]) -> None:
+    """ModelError where a request names what is no plain name of a file, or a file whose digest is not recorded: a
+    stranger's recipe opens nothing but what lies beside it and is what it says.
+    """
+    for name in INPUTS:
+        value = request.get(name)
+        if name in inputs:
+            taken = isinstance(value, str) and value not in ("", ".", "..") and value == _file_name(value)
+        else:
+            shape = name == "mask_image" and isinstance(value, str) and SHAPE.match(value)
+            taken = value is None or bool(shape)
+        if not taken:
+            raise ModelError(
+                f"{name} of the recipe's request is {brief(value)}; it must be the name of a file, without a folder, "
+                "whose sha256 stands in the recipe's inputs"
+            )
 
 
 def _of_version_1(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -234,6 +275,10 @@ def _is_digests(value: Any) -> bool:
     return _is_names(value) and "unet" in value and all(DIGEST.fullmatch(digest) for digest in value.values())
 
 
+def _is_inputs(value: Any) -> bool:
+    return _is_names(value) and value.keys() <= INPUTS.keys() and all(map(DIGEST.fullmatch, value.values()))
+
+
 CHECKS: dict[
     str, tuple[Callable[[Any], bool], str]
 ] = {  # field of the JSON form -> what holds of it, and how that is said
@@ -246,6 +291,7 @@ CHECKS: dict[
     "threads": (lambda v: type(v) is int and 0 < v <= 65_536, "a whole number from 1 to 65536"),
     "versions": (_is_names, "a name and a version for each"),
     "adapters": (lambda v: isinstance(v, list) and all(isinstance(a, dict) for a in v), "a list of adapters"),
+    "inputs": (_is_inputs, f"the SHA-256 in hex of some of {', '.join(INPUTS)}"),
 }
 
 
@@ -279,6 +325,8 @@ def differences(a: Recipe, b: Recipe) -> list[str]:
     """A short sentence for each thing in which `a` (now) differs from `b` (then); none for equal recipes."""
     found = [f"the model is called {a.model}, was {b.model}"] if a.model != b.model else []
     for name, now, then in unequal(a.components, b.components):
+        found.append(f"the {name} is another ({(now or 'none')[:10]}, was {(then or 'none')[:10]})")
+    for name, now, then in unequal(a.inputs, b.inputs):
         found.append(f"the {name} is another ({(now or 'none')[:10]}, was {(then or 'none')[:10]})")
     for name, now, then in unequal(a.request, b.request):
         found.append(f"{name} {brief(now)}, was {brief(then)}")

@@ -9,6 +9,7 @@ from ldm.checkpoints.components import Components
 from ldm.conditioning import SIZES
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import NumericalError, UsageError
+from ldm.models.seamless import refuse_unjoined
 from ldm.models.tiny_vae import TinyVAEConfig
 from ldm.models.unet import UNetConfig
 from ldm.models.vae import VAEConfig
@@ -16,18 +17,32 @@ from ldm.request import Request
 from ldm.runtime import refuse_if_too_large, short_name
 from ldm.schedulers import Sampling
 
-WANTS = {"inpainting": "an image and a mask", "instruct-pix2pix": "an image", "upscaling": "a small image"}
+WANTS: dict[str, tuple[str, tuple[tuple[str, ...], ...]]] = {
+    "text-to-image": ("words", ()),
+    "inpainting": ("an image and a mask", (("image",), ("mask_image", "extend"))),
+    "instruct-pix2pix": ("an image", (("image",),)),
+    "upscaling": ("a small image", ((),)),  # not built
+}
+"""Of each task, what a network wants, and the fields of Request of which one must be there."""
 
 
 def refuse_unfit(c: Components, sampling: Sampling, order: Request) -> None:
     """UsageError for what this model, scheduler or machine cannot draw, be it one picture."""
     assert order.height and order.width
     factor, config = c.vae.config.factor, c.unet.config
-    if c.task != "text-to-image":
+    if any(all(getattr(order, n) is None for n in names) for names in WANTS[c.task][1]):
         raise UsageError(
             f"this is a model for {c.task} ({config.in_channels} channels): it wants "
-            f"{WANTS[c.task]} beside the words, and cannot draw from words alone"
+            f"{WANTS[c.task][0]} beside the words, and cannot draw from words alone"
         )
+    if order.image_guidance_scale is not None and (c.task != "instruct-pix2pix" or order.guidance_rescale):
+        other = "guidance_rescale" if order.guidance_rescale else f"a model for {c.task}"
+        raise UsageError(
+            f"image_guidance_scale is {order.image_guidance_scale} with {other}; it is for models that edit by "
+            "instructions (instruct-pix2pix), without guidance_rescale"
+        )
+    if order.seamless:
+        refuse_unjoined(order.seamless, order.height, order.width, factor << (len(config.block_out_channels) - 1))
     if not config.projection_class_embeddings_input_dim:
         for name in SIZES:
             if getattr(order, name):

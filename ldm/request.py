@@ -13,9 +13,17 @@ MOST_IMAGES = 10_000
 LARGEST_SEED = 2**63 - 1
 SEEDS = ("seed", "variation_seed")
 XL = "SDXL"
+EDIT = "Editing a picture"  # where help pages show the fields of it
+SEAMLESS = ("x", "y", "xy")
 OUTPUT_TYPES = ("pil", "pt", "np", "latent")
 PROFILES = ("diffusers", "a1111")
 NOISE_SOURCES = ("cpu", "gpu")
+
+
+BESIDE = {  # fields -> those of which one must be there for them to mean anything
+    ("strength", "mask_image", "extend", "fit", "source_prompt", "image_guidance_scale"): ("image",),
+    ("mask_invert", "mask_grow", "mask_feather", "padding_mask_crop", "fill", "resample"): ("mask_image", "extend"),
+}
 
 
 def flag_of(field: "Field[Any]") -> str:
@@ -24,11 +32,15 @@ def flag_of(field: "Field[Any]") -> str:
     return f"-{name}" if len(name) == 1 else f"--{name}"
 
 
-def _option(default: Any, help: str, flag: str = "", of: str = "") -> Any:
-    """A field with its one-line description, its command-line flag where that differs from the name, and the one
-    family of models that heeds it.
+def _option(default: Any, help: str, flag: str = "", of: str = "", panel: str = "") -> Any:
+    """A field with its one-line description, its command-line flag where that differs from the name, the one family of
+    models that heeds it, and where help pages show it, if that is not among the others.
     """
-    return field(default=default, metadata={"help": help, "flag": flag, "of": of})
+    return field(default=default, metadata={"help": help, "flag": flag, "of": of, "panel": panel})
+
+
+def _edit(default: Any, help: str, flag: str = "") -> Any:
+    return _option(default, help, flag, panel=EDIT)
 
 
 @dataclass(frozen=True)
@@ -86,6 +98,43 @@ class Request:
         None, "whose numbers a seed gives: cpu (diffusers) or gpu (an NVIDIA card's, A1111); absent = the profile's"
     )
     eta_noise_seed_delta: int = _option(0, "added to the seed for all noise after the first (A1111's ENSD)")
+    image: str | Any = _edit(
+        None, "picture to begin with: a file (in Python also a PIL image); with a mask it is kept outside of it"
+    )
+    strength: float | None = _edit(
+        None, "0..1: how much of the way from noise is drawn anew; absent = 0.8, with a mask 1; 1 = from noise alone"
+    )
+    mask_image: str | Any = _edit(
+        None,
+        "what is drawn anew: a file (white; gray = less strongly), alpha (what is transparent), box:L,T,R,B, "
+        "ellipse:L,T,R,B or polygon:X,Y,X,Y,X,Y in pixels or per cent, several joined by +",
+        "mask",
+    )
+    mask_invert: bool = _edit(False, "draw anew what the mask would keep")
+    mask_grow: int = _edit(0, "pixels that the mask grows by; below 0 it shrinks")
+    mask_feather: int = _edit(0, "pixels inside the mask's edge over which the new picture fades into the old one")
+    padding_mask_crop: int | None = _edit(
+        None, "draw only the mask's surroundings, with so many pixels of padding, in the full size", "only-masked"
+    )
+    extend: str | None = _edit(None, "make the picture larger and draw what is new: left=128,top=25% ...")
+    fill: str | None = _edit(
+        None, "what lies under the mask at first: original, smooth, noise or gray; when extending edge, mirror ... too"
+    )
+    fit: str | None = _edit(None, "how a picture of another size is brought to the size asked for: stretch, crop, pad")
+    resample: int = _edit(1, "how often every stretch of an inpainting run is walked (RePaint); more joins better")
+    resample_jump: int = _edit(1, "how many steps such a stretch has")
+    image_guidance_scale: float | None = _edit(
+        None, "how strongly to follow the picture, of models that edit by instructions; absent = 1.5", "image-guidance"
+    )
+    source_prompt: str | None = _edit(
+        None, "what the picture shows: begin from the noise that it comes from (DDIM inversion), not from a seed's",
+        "source",
+    )  # fmt: skip
+    noise: str | Any = _edit(None, "file of `ldm invert`: begin with the noise in it in place of a seed's")
+    convert_image: bool = _edit(
+        False, "take pictures that are not of 8-bit RGB(A): turned by EXIF, CMYK, 16 bits, animated (the first frame)"
+    )
+    seamless: str | None = _option(None, "x, y or xy: draw a texture that joins its own other side")
     original_height: int | None = _option(
         None, "height in pixels of the picture that this is told to be made from; absent = the height", of=XL
     )
@@ -107,7 +156,7 @@ class Request:
             if isinstance(value, list) or value is None:
                 object.__setattr__(self, name, absent if value is None else tuple(value))
         for text in self.prompts if isinstance(self.prompt, str | tuple) else (self.prompt,):
-            if not isinstance(text, str) or not text.strip():
+            if not isinstance(text, str) or not (text.strip() or self.source_prompt is not None):
                 raise UsageError(f"prompt is {text!r}; it must be words, for example 'a taco on a red background'")
         negative = self.negative_prompt
         if not isinstance(negative, str | tuple) or not all(isinstance(text, str) for text in negative):
@@ -139,6 +188,7 @@ class Request:
                 f"denoising_start is {self.denoising_start} and denoising_end {self.denoising_end}; the run ends after "
                 "it starts"
             )
+        self._editing()
         choose("output_type", str(self.output_type), OUTPUT_TYPES)
         for name in SEEDS:
             self._seeds(name)
@@ -151,6 +201,34 @@ class Request:
                 f"{len(self.negative_prompts)} negative prompts for {len(self.prompts)} prompts; give one, or "
                 f"one for each"
             )
+
+    def _editing(self) -> None:
+        """What says which picture is edited, and how; that nothing is said of a picture or mask that is not there."""
+        for name in ("extend", "fill", "fit", "source_prompt", "seamless"):
+            if not isinstance(getattr(self, name), str | None):
+                raise UsageError(f"{name} is {getattr(self, name)!r}; it must be text")
+        for name in ("mask_invert", "convert_image"):
+            if not isinstance(getattr(self, name), bool):
+                raise UsageError(f"{name} is {getattr(self, name)!r}; it must be true or false")
+        if self.seamless is not None:
+            choose("seamless", self.seamless, SEAMLESS)
+        self._number("strength", 0, 1)
+        self._number("image_guidance_scale", 0, 1000)
+        self._whole("mask_grow", -LARGEST_SIDE, LARGEST_SIDE)
+        for name in ("mask_feather", "padding_mask_crop"):
+            self._whole(name, 0, LARGEST_SIDE)
+        self._whole("resample", 1, 100)
+        self._whole("resample_jump", 1, 1000)
+        if self.seamless and self.padding_mask_crop is not None:
+            raise UsageError(
+                "seamless and padding_mask_crop were both given, and a part of a picture does not join itself"
+            )
+        if self.noise is not None and self.source_prompt is not None:
+            raise UsageError("noise and source_prompt were both given, and each says what to begin with; give one")
+        for names, needed in BESIDE.items():
+            said = [n for n in names if getattr(self, n) != Request.__dataclass_fields__[n].default]
+            if said and all(getattr(self, n) is None for n in needed):
+                raise UsageError(f"{said[0]} was given without {' or '.join(needed)}; give that too, or leave it out")
 
     def _run(self) -> None:
         """What says which noise levels are visited, and as which tool; that it is said once."""

@@ -170,7 +170,7 @@ PLANTED: list[tuple[Callable[[Path], object], str, str, str]] = [
 @pytest.fixture
 def small_bombs(monkeypatch) -> None:
     """What is too large here is small enough for a test."""
-    monkeypatch.setattr(pictures, "LARGEST", 100_000)
+    monkeypatch.setattr("ldm.inputs.LARGEST", 100_000)
 
 
 def seen(report: Report) -> list[tuple[str, str]]:

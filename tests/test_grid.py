@@ -148,14 +148,16 @@ def test_axes_are_read(text: str):
 
 def test_every_field_that_matters_to_one_picture_can_be_an_axis():
     for field in fields(Request):
-        if field.name in ("output_type", "num_images_per_prompt", "literal"):
+        if field.name in ("output_type", "num_images_per_prompt") or field.type is bool:
             with pytest.raises(UsageError, match="unknown axis"):
                 axes(f"{field.name}=1")
         else:
             for name in filter(None, (field.name, field.name.replace("_", "-"), field.metadata["flag"])):
-                named = {"profile": "a1111", "noise_source": "gpu"}
+                named = {"profile": "a1111", "noise_source": "gpu", "seamless": "x"}
                 value = named.get(field.name, "0.5" if field.name.startswith("denoising") else "1")
                 assert axes(f"{name}={value}") == (field.name, [value if "str" in str(field.type) else float(value)])
+    boxes = ["box:0,0,8,8", "ellipse:0,0,8,8"]
+    assert axes(f"mask={'|'.join(boxes)}") == ("mask_image", boxes)
 
 
 REFUSED = {

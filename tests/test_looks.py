@@ -468,6 +468,7 @@ def published_scale(tmp_path_factory) -> Path:
     return small_model(tmp_path_factory.mktemp("models") / "eighth", widths=(8, 8, 8, 8))
 
 
+@pytest.mark.usefixtures("pickles_here")
 @pytest.mark.parametrize("page", [page for page in PAGES if page[:1] not in [(name,) for name in HOURS]], ids=" ".join)
 def test_the_examples_of_the_help_are_run(run, published_scale, monkeypatch, request, page):
     """Line by line as they stand, in a folder with the files they name, with a small model for the one in the box."""
@@ -492,7 +493,8 @@ def test_the_examples_of_the_help_are_run(run, published_scale, monkeypatch, req
         for copied in ("a.safetensors", "b.safetensors"):
             shutil.copy("model.safetensors", copied)
     assert run("generate", "an owl", "--seed", "7").out == "out/an-owl-7.png\n"
-    shutil.copy("out/an-owl-7.png", "owl.png")
+    for name in ("owl.png", "photo.png"):
+        shutil.copy("out/an-owl-7.png", name)
     lines = [line.removeprefix("$ ").replace(r"\[", "[") for line in PAGES[page].epilog.split("\n\n")[1:]]
     for line in lines:
         words = shlex.split(line)[1:]

@@ -22,7 +22,6 @@ from torch.utils.data import DataLoader
 from ldm.checkpoints.components import Components
 from ldm.checkpoints.folder import open_folder
 from ldm.conditioning import encoder_of
-from ldm.data import pictures
 from ldm.data.check import KINDS
 from ldm.data.order import passes
 from ldm.data.pictures import difference
@@ -392,7 +391,7 @@ def test_sdxl_is_told_sizes_and_the_pooled_text(parts, data, tmp_path):
 
 def test_skip_trains_as_the_cleaned_folder(parts, tmp_path, monkeypatch):
     """Every planted defect at once: what is left out leaves no trace in 20 batches."""
-    monkeypatch.setattr(pictures, "LARGEST", 100_000)
+    monkeypatch.setattr("ldm.inputs.LARGEST", 100_000)
     planted, cleaned = (sound(tmp_path / name) for name in ("planted", "cleaned"))
     for plant, *_ in PLANTED:
         plant(planted)

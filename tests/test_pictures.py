@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.data import pictures as module
+from ldm import inputs
 from ldm.data.pictures import Picture, difference, fingerprint, manifest
 from ldm.data.shards import expanded, split_member
 from ldm.data.sources import find
@@ -391,9 +391,9 @@ def test_other_modes(tmp_path):
 
 def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
     """By its header: nothing of it is decoded. Pillow's own limits do not get in the way."""
-    monkeypatch.setattr(module, "LARGEST", 96 * 64)
+    monkeypatch.setattr(inputs, "LARGEST", 96 * 64)
     assert opened(tmp_path, patches(0)).shape == (64, 96, 3)
-    monkeypatch.setattr(module, "LARGEST", 96 * 64 - 1)
+    monkeypatch.setattr(inputs, "LARGEST", 96 * 64 - 1)
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("it was decoded"))
     with pytest.raises(LdmError, match=r"x\.png .*too large to be decoded: 96 x 64 pixels, and 6143"):
         Picture("x.png", tmp_path / "x.png").open()

@@ -535,8 +535,8 @@ def test_requests_take() -> None:
     assert Request("a", guidance_scale=0, num_inference_steps=1000, eta=1, height=1, width=16384).seeds is not None
     with pytest.raises(UsageError, match=r"unknown argument 'step'.*did you mean.*known: prompt"):
         make_request("a", {"step": 3})
-    with pytest.raises(UsageError, match="unknown argument 'image'"):
-        make_request("a", {"image": None})
+    with pytest.raises(UsageError, match="unknown argument 'picture'"):
+        make_request("a", {"picture": None})
 
 
 def shaped(*shape: int) -> Tensor:

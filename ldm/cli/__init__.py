@@ -15,6 +15,7 @@ from ldm.cli.common import examples, missing, printable, say
 from ldm.cli.convert import convert
 from ldm.cli.data import app as data
 from ldm.cli.doctor import doctor
+from ldm.cli.editing import edit, invert
 from ldm.cli.evaluate import app as evaluate
 from ldm.cli.gallery import gallery
 from ldm.cli.generate import generate
@@ -51,8 +52,23 @@ app.command(
         "ldm generate --prompts-file prompts.txt -o owls/ --json",
         'ldm generate "an owl" --seed 7 --variation-strength 0.2 -n 4',
         "ldm generate --from out/an-owl-7.png --steps 50",
+        'ldm generate "a sunny beach" --image photo.png --strength 0.6',
+        'ldm generate "a pizza" --image photo.png --mask box:25%,25%,75%,75% --mask-feather 4',
+        'ldm generate "a wide landscape" --image photo.png --extend left=128,right=128 --fill smooth',
     )
 )(generate)
+app.command(
+    epilog=examples(
+        'ldm edit photo.png "an owl in the snow" --source "an owl"',
+        'ldm edit out/an-owl-7.png "a red owl" -n 4 -o owls/',
+    )
+)(edit)
+app.command(
+    epilog=examples(
+        'ldm invert photo.png "an owl"',
+        'ldm invert photo.png "an owl" -o owl.safetensors --steps 100 --json',
+    )
+)(invert)
 app.command(
     epilog=examples(
         'ldm grid "an owl on a blue background" --x steps=5,10,20 --y guidance=1..7:2 --seed 7',

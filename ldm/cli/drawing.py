@@ -6,11 +6,12 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ldm.adapters.strength import Tag
 from ldm.cli.common import printable, progress_bar, say, terminal
 from ldm.prompts import asked
+from ldm.recipe import inputs_of
 from ldm.request import Request
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ def calls(pictures: Sequence[Request], at_once: int) -> Iterator[Request]:
 
     def shared(picture: Request) -> tuple[Request, list[tuple[Tag, ...]]]:
         plain = replace(picture, prompt=(), negative_prompt="", seed=None, variation_seed=None)
-        return plain, asked(picture)  # one network has one set of adapters at a time
+        files: dict[str, Any] = inputs_of(picture)  # they are compared by their digests
+        return replace(plain, **files), asked(picture)  # one network has one set of adapters at a time
 
     for _, group in groupby(pictures, shared):
         alike = list(group)
@@ -77,6 +79,7 @@ def draw(
     from rich.text import Text
 
     from ldm.decoding import decoder_in
+    from ldm.editing import length
     from ldm.images import to_pil
     from ldm.preview import chosen, fit_latent_to_rgb, half_blocks, preview_image
 
@@ -86,20 +89,19 @@ def draw(
     same = sys.stdout.isatty()  # then what goes there is shown above the picture, and not in the midst of it
     live = Live(bar, console=bar.console, transient=True, redirect_stdout=same) if watched else None
     with live or bar:
-        task, done = bar.add_task("drawing", total=sum(p.num_inference_steps or 0 for p in pictures)), 0
+        task, done = bar.add_task("drawing", total=sum(map(length, pictures))), 0
         said = set[str]()
         for call in calls(pictures, at_once):
-            n, steps, kept = len(call.prompts), call.num_inference_steps or 0, list[list["Image"]]()
-            wanted = set(chosen(steps, MOST_FRAMES)[:-1]) if frames else set[int]()  # the last is the picture
+            n, kept = len(call.prompts), list[list["Image"]]()
+            wanted = set(chosen(length(call), MOST_FRAMES)[:-1]) if frames else set[int]()  # the last is the picture
             name = f"picture {done + n} of {len(pictures)}" if len(pictures) > 1 else "drawing"
             bar.update(task, description=name)
             tell(pipeline.remarks(call), said, quiet)
-            size = (call.height or 0, call.width or 0)
             begun, shown, step = time.perf_counter(), 0.0, None
             for step in pipeline.sample(call):
                 bar.advance(task, n)
                 if step.index in wanted:
-                    kept.append(pipeline.pictures(step.x0, size=size))  # type: ignore[arg-type]  # the output type "pil"
+                    kept.append(to_pil(pipeline.finished(step.x0, call)[0]))
                 if live and map_to_rgb is not None and time.perf_counter() - shown > PREVIEW_EVERY:
                     shown = time.perf_counter()
                     colour = not os.environ.get("NO_COLOR")
@@ -107,9 +109,9 @@ def draw(
                     art = half_blocks(small, preview_columns(small.size, bar.console.size), colour)
                     live.update(Group(Text.from_ansi(art), bar))
             assert step is not None  # a request has at least one step
-            decoded, flags, notes = pipeline.shown(step.latents, size)
+            finished, flags, notes = pipeline.finished(step.latents, call)
             tell(notes, said, quiet)
-            images = to_pil(decoded)
+            images = to_pil(finished)
             seconds, done = (time.perf_counter() - begun) / n, done + n
             for i, (image, single) in enumerate(zip(images, call.singles(), strict=True)):
                 yield Drawn(single, image, seconds, tuple(frame[i] for frame in kept), bool(flags) and flags[i])

@@ -60,13 +60,9 @@ def alignment(
     """Judge whether pictures show what their prompts say, on held-out prompts of the corpus."""
     refuse_unwritable(output / "alignment.json")
     from ldm.cli.opening import Opening, opened
-    from ldm.data.emoji import CorpusConfig, EmojiScenes
     from ldm.evaluation.alignment import Report, evaluate
-    from ldm.sources import model_in_the_box
-    from ldm.training.config import DenoiserConfig, read_config
 
-    scenes = EmojiScenes(read_config(config, DenoiserConfig).corpus if config else CorpusConfig())
-    refuse_other_corpus(Path(model) if model else model_in_the_box(), scenes)
+    scenes = scenes_of(model, config)
     scenes = with_glyph(glyph, scenes.config) if glyph else scenes
     pipeline = opened(None, Opening(model=model, device=device, dtype=dtype, lora=lora))
     judged = evaluate(pipeline, scenes, n, seed, scheduler=scheduler, steps=steps, guidance=guidance)
@@ -80,6 +76,53 @@ def alignment(
     report.save(output)
     print(json.dumps(report.to_dict()) if as_json else report.table())
     say(f"the table, the verdicts and the pictures are in {output}")
+
+
+@app.command(epilog=examples("ldm eval inpainting", "ldm eval inpainting --model path/to/model-folder -n 20 --json"))
+def inpainting(
+    model: Model = None,
+    n: Annotated[int, typer.Option("--n", "-n", parser=whole(1), metavar="N", help="pictures to edit")] = 100,
+    seed: Annotated[
+        int, typer.Option("--seed", parser=whole(0), metavar="N", help="of the first picture; the next ones count up")
+    ] = 0,
+    config: Annotated[
+        Path | None, typer.Option("--config", metavar="FILE", help="the denoiser's YAML file, for an unusual corpus")
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FOLDER", help="where table, verdicts and pictures go")
+    ] = Path("out/inpainting"),
+    as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON in place of the table")] = False,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Judge whether inpainting replaces an object by the one it is told, and keeps the rest to the byte."""
+    refuse_unwritable(output / "inpainting.json")
+    from ldm.cli.opening import Opening, opened
+    from ldm.evaluation.inpainting import Report, evaluate
+
+    scenes = scenes_of(model, config)
+    pipeline = opened(None, Opening(model=model, device=device, dtype=dtype))
+    with progress_bar() as bar:
+        task = bar.add_task("drawing and judging", total=n)
+        for item in evaluate(pipeline, scenes, n, seed):
+            if isinstance(item, Report):
+                report = item
+            else:
+                bar.advance(task)
+    report.save(output)
+    print(json.dumps(report.to_dict()) if as_json else report.table())
+    say(f"the table, the verdicts and the pictures are in {output}")
+
+
+def scenes_of(model: str | None, config: Path | None) -> "EmojiScenes":
+    """The corpus that a model's pictures are judged by. UsageError: the model was trained on another."""
+    from ldm.data.emoji import CorpusConfig, EmojiScenes
+    from ldm.sources import model_in_the_box
+    from ldm.training.config import DenoiserConfig, read_config
+
+    scenes = EmojiScenes(read_config(config, DenoiserConfig).corpus if config else CorpusConfig())
+    refuse_other_corpus(Path(model) if model else model_in_the_box(), scenes)
+    return scenes
 
 
 def with_glyph(said: str, config: "CorpusConfig") -> "EmojiScenes":

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ldm.cli.common import printable, say
-from ldm.cli.opening import opened, without_unsaid
+from ldm.cli.opening import opened, recorded, with_files, without_unsaid
 from ldm.cli.options import Size, Wildcards, typed_fields, with_request
 from ldm.cli.orders import Sources, gathered, singles
 from ldm.cli.places import OUTPUT, paths_of, refuse_taken
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 FROM = "draw again what this picture's recipe says (of ldm, A1111 or ComfyUI); other options replace parts of it"
 SET = "replace one field (seed=7, scheduler=euler_a), also of --config; may be repeated"
+LOSSY = "what a mask keeps is kept to the byte only in a .png; this format changes every pixel a little"
 LOOKS = {"strip": ".strip.png", "gif": ".gif"}  # what is written beside a picture, and the end of its name
 
 
@@ -81,9 +82,10 @@ def generate(
     sources = Sources(picture, config, settings or (), prompts_file, matrix, wildcards)
     manner = Manner(as_json, quiet, verbose, not no_metadata, strip, gif, preview)
     found = recipe_in(picture, manner) if picture else None
-    written = found.request if found else {}
+    written = (recorded(found.recipe) if found.recipe else found.request) if found else {}
     typed, opening = typed_fields(given, size)
     orders, beside = gathered(sources, written, typed)
+    orders = [with_files(order, picture.parent) for order in orders] if picture else orders
     said = beside.pop("output", None)
     output = said if output is None else output
     opening = replace(opening, **{name: text for name, text in beside.items() if getattr(opening, name, None) is None})
@@ -105,7 +107,9 @@ def generate(
 
 def carry_out(pipeline: "Pipeline", pictures: Sequence[Request], paths: Sequence[Path], manner: Manner) -> None:
     """Draw and keep the pictures. Ctrl-C keeps those that are done, and leaves with 130."""
-    for note in pipeline.notes:
+    masked = any(one.mask_image is not None or one.extend is not None for one in pictures)
+    lossy = [LOSSY] if masked and any(path.suffix.lower() != ".png" for path in paths) else []
+    for note in (*pipeline.notes, *lossy):
         manner.tell(f"note: {note}")
     done: list[Path] = []
     try:
@@ -206,11 +210,12 @@ def varied(request: Request) -> str:
 
 def line_of(index: int, path: Path, one: "Drawn", manner: Manner, components: dict[str, str]) -> str:
     """A picture as one line of JSON."""
-    from ldm.recipe import fields_of
+    from ldm.recipe import fields_of, inputs_of
 
     beside = {name: str(place) for name, place in beside_of(path, manner).items()}
     told = {"path": str(path), "index": index, "seconds": round(one.seconds, 3), "flagged": one.flagged, **beside}
-    return json.dumps(told | {"request": fields_of(one.request), "components": components})
+    said = {"request": fields_of(one.request), "inputs": inputs_of(one.request), "components": components}
+    return json.dumps(told | said)
 
 
 generate.__signature__ = with_request(generate, ("output", "overwrite"))  # type: ignore[attr-defined]  # typer reads it

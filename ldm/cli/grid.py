@@ -11,7 +11,7 @@ import typer
 from ldm.cli.common import free_name, say
 from ldm.cli.opening import opened
 from ldm.cli.options import Size, Wildcards, typed_fields, with_request
-from ldm.cli.orders import Sources, singles
+from ldm.cli.orders import Sources, at_home, singles
 from ldm.cli.places import refuse_taken, slug
 from ldm.errors import UsageError
 from ldm.request import Request, make_request
@@ -54,7 +54,7 @@ def grid(
     base, opening = typed_fields(given, size)
     first = {name: values[0] for name, values in named if name}
     varied = {name: max(values) for name, values in named if name == "variation_strength"}  # all have one other noise
-    asked = make_request(None, first | base | varied)
+    asked = make_request(None, at_home(first | base | varied))
     if asked.num_images_per_prompt > 1 or len(asked.prompts) > 1:
         raise UsageError("a cell is one picture; give one prompt and no -n, or make prompts or seeds an axis")
     pipeline = opened(None, opening)

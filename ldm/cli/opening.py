@@ -1,19 +1,21 @@
 """How a model is opened: options that every command which draws shares, and what a picture's recipe says of it."""
 
 import inspect
+import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from glob import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_type_hints
 
 import typer
 
 from ldm.adapters.strength import Strength, file_option
 from ldm.cli.common import PANEL, Device, Dtype, Model, printable
 from ldm.errors import LdmError, UsageError
-from ldm.request import Request
+from ldm.request import Request, flag_of
 
 if TYPE_CHECKING:
     from ldm.pipeline import Pipeline
@@ -158,3 +160,43 @@ def without_unsaid(recipe: "Recipe", orders: Iterable[Request]) -> "Recipe":
     )
     kept = (row for row in recipe.adapters if row.get("type") != "lora" or row.get("name") not in then - now)
     return replace(recipe, adapters=tuple(kept))
+
+
+class Recorded(NamedTuple):
+    """What a recipe says of a picture or of noise that it was given: the file is to be looked for."""
+
+    name: str
+    sha256: str
+
+
+def recorded(recipe: "Recipe") -> dict[str, Any]:
+    """The fields of a recipe's request, with a Recorded in the place of every file."""
+    return recipe.request | {name: Recorded(recipe.request[name], digest) for name, digest in recipe.inputs.items()}
+
+
+def with_files(order: Request, folder: Path) -> Request:
+    """The request with every Recorded replaced by what is in the file of its name in `folder`, where the recipe's
+    picture lies, or else in the current one. LdmError: there is none that holds what is recorded.
+    """
+    from ldm.recipe import INPUTS
+
+    wanted = {name: value for name in INPUTS if isinstance(value := getattr(order, name), Recorded)}
+    return replace(order, **{name: _found(order, name, one, folder) for name, one in wanted.items()})
+
+
+def _found(order: Request, field: str, wanted: Recorded, folder: Path) -> Any:
+    from ldm.inputs import source_of
+    from ldm.noise_files import read_noise
+
+    for path in (folder / wanted.name, Path(wanted.name)):
+        if not os.path.isfile(path):
+            continue
+        with suppress(LdmError):  # another file of that name may be anything
+            found = read_noise(path) if field == "noise" else source_of(path, field, order.convert_image)
+            if found.sha256 == wanted.sha256:
+                return found
+    what, option = field.removesuffix("_image"), flag_of(Request.__dataclass_fields__[field])
+    raise LdmError(
+        f"it was drawn with the {what} {printable(wanted.name)!r} of sha256 {wanted.sha256[:10]}, and no file of that "
+        f"name beside it or here holds that; name the file with {option}"
+    )

@@ -13,16 +13,19 @@ from ldm.cli.common import number, whole
 from ldm.cli.opening import NAMES, Opening, parameters
 from ldm.errors import UsageError
 from ldm.names import GRIDS, SAMPLERS, SPACINGS
-from ldm.request import NOISE_SOURCES, PROFILES, Request, flag_of
+from ldm.request import NOISE_SOURCES, PROFILES, SEAMLESS, Request, flag_of
 
 NOT_HERE = ("output_type",)  # fields that a command which writes picture files has no use for
 PANEL = "The picture"  # where help pages show the fields
 KINDS: dict[type, tuple[str | None, Any]] = {
     int: ("N", whole()), float: ("NUMBER", number), str: ("TEXT", None), bool: (None, None)
 }  # fmt: skip
-NAMED = {  # fields whose values the shell completes
-    "scheduler": SAMPLERS, "schedule_type": (*GRIDS, *SPACINGS), "profile": PROFILES, "noise_source": NOISE_SOURCES
+NAMED = {  # fields whose values the shell completes; where it knows of none, it completes files
+    "scheduler": SAMPLERS, "schedule_type": (*GRIDS, *SPACINGS), "profile": PROFILES, "noise_source": NOISE_SOURCES,
+    "seamless": SEAMLESS, "fit": ("stretch", "crop", "pad"),
+    "fill": ("original", "edge", "mirror", "smooth", "noise", "gray"),
 }  # fmt: skip
+FILES = {"image": "FILE", "mask_image": "FILE|SHAPE", "noise": "FILE"}  # fields that name files -> how help shows it
 
 Size = Annotated[
     str | None,
@@ -43,7 +46,9 @@ def parameter_of(field: "Field[Any]", hint: Any) -> inspect.Parameter:
     text = field.metadata["help"]
     kind, taken = taken_by(hint)
     metavar, parser = KINDS[kind]
-    panel = f"The picture, of {field.metadata['of']}" if field.metadata["of"] else PANEL
+    metavar = FILES.get(field.name, metavar)
+    of = field.metadata["of"]
+    panel = field.metadata["panel"] or (f"{PANEL}, of {of}" if of else PANEL)
     info: Any = typer.Option(
         flag_of(field), metavar=metavar, parser=parser, help=text, rich_help_panel=panel,
         autocompletion=completing(NAMED[field.name]) if field.name in NAMED else None,

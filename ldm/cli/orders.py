@@ -2,6 +2,7 @@
 files of prompts, standard input. Later places win. Imports nothing heavy.
 """
 
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ from typing import Any
 
 from ldm.cli.common import parse_settings
 from ldm.cli.opening import SAID
-from ldm.cli.options import NOT_HERE
+from ldm.cli.options import FILES, NOT_HERE
 from ldm.errors import UsageError, choose
 from ldm.prompts import FIELDS, expand, matrix, read_prompts, read_wildcards
 from ldm.request import Request, make_request
@@ -54,6 +55,9 @@ def gathered(sources: Sources, recipe: Mapping[str, Any], typed: Mapping[str, An
     if STEPS & (said.keys() | typed.keys()):
         for name in STEPS - said.keys() - typed.keys():
             base.pop(name, None)  # of a recipe, which says it in another way
+    if "image" in {**said, **typed} and base.get("fit") is None and base.get("padding_mask_crop") is None:
+        for name in {"height", "width"} - said.keys() - typed.keys():
+            base.pop(name, None)  # of a recipe; another picture has its own
     if words and "literal" not in {**said, **typed}:
         base.pop("literal", None)  # of a recipe; it was said of its own words
     unworded = {name: value for name, value in base.items() if name != "prompt"}
@@ -69,10 +73,16 @@ def gathered(sources: Sources, recipe: Mapping[str, Any], typed: Mapping[str, An
     name, seeds = "variation_seed" if base.get("variation_strength") else "seed", 0
     for line in [*([{}] if here else []), *lines]:  # one seed for a whole file counts on from line to line
         counted = {name: base[name] + seeds} if seeds and isinstance(base.get(name), int) else {}
-        order = make_request(None, base | counted | line)
+        order = make_request(None, at_home(base | counted | line))
         seeds += order.num_images_per_prompt * len(order.prompts)
         orders.append(combined(order) if sources.matrix else order)
     return orders, beside
+
+
+def at_home(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields with ~ in the names of files written out, which a shell does only at the beginning of a word."""
+    named = {name: text for name in FILES if isinstance(text := fields.get(name), str)}
+    return {**fields, **{name: os.path.expanduser(text) for name, text in named.items()}}
 
 
 def config_fields(path: Path | None, settings: Sequence[str]) -> dict[str, Any]:

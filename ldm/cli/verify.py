@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ldm.cli.common import printable, progress_bar
-from ldm.cli.opening import Opening, opened, with_opening
+from ldm.cli.opening import Opening, opened, recorded, with_files, with_opening
+from ldm.cli.orders import at_home
 from ldm.errors import LdmError, ModelError, UsageError
 
 if TYPE_CHECKING:
     from PIL import Image
 
+ELSE = "where it does not lie beside the picture or here"
 VISIBLE = 8  # of 255: about the least difference that an eye sees on a plain ground
 
 
@@ -29,6 +31,9 @@ def verify(
         bool, typer.Option("--write", help="write the manifest of a folder that has none, as it is now")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="the verdict as a JSON object on stdout")] = False,
+    image: Annotated[str | None, typer.Option(metavar="FILE", help=f"the picture that was edited, {ELSE}")] = None,
+    mask: Annotated[str | None, typer.Option(metavar="FILE", help=f"its mask, {ELSE}")] = None,
+    noise: Annotated[str | None, typer.Option(metavar="FILE", help=f"the noise it began with, {ELSE}")] = None,
     **given: Any,
 ) -> None:
     """Draw a picture again from its recipe and compare, or compare the files of a folder with its manifest.
@@ -38,15 +43,18 @@ def verify(
     folder are changed, missing or not in the manifest.
     """
     opening = Opening(**given)
+    files = {"image": image, "mask_image": mask, "noise": noise}
+    files = at_home({name: file for name, file in files.items() if file is not None})
     if path.is_dir():
-        if opening != Opening():
+        if opening != Opening() or files:
             raise UsageError(
-                f"what says how a model is opened (--model, --device ...) is for a picture; {path} is a folder"
+                f"what says how a model is opened (--model, --device ...) or what was edited is for a picture; {path} "
+                "is a folder"
             )
         raise typer.Exit(of_folder(path, write, as_json))
     if write:
         raise UsageError(f"--write is for a folder, and {path} is none")
-    raise typer.Exit(of_picture(path, opening, as_json))
+    raise typer.Exit(of_picture(path, opening, files, as_json))
 
 
 def of_folder(folder: Path, write: bool, as_json: bool) -> int:
@@ -80,19 +88,20 @@ def of_folder(folder: Path, write: bool, as_json: bool) -> int:
     return int(bool(faults))
 
 
-def of_picture(picture: Path, opening: Opening, as_json: bool) -> int:
-    """Draw a picture again and compare; the exit code."""
+def of_picture(picture: Path, opening: Opening, files: dict[str, Any], as_json: bool) -> int:
+    """Draw a picture again and compare; the exit code. files: fields of Request that are given, not looked for."""
     from ldm.recipe import differences, digests, read, recipe_of
     from ldm.request import Request
 
     recipe = read(picture).recipe
     if recipe is None:
         raise LdmError(f"{picture} was not drawn by ldm; draw from its settings with: ldm generate --from {picture}")
+    asked_for = with_files(Request(**recorded(recipe) | files), picture.parent)
     pipeline = opened(recipe, opening)
-    order = Request(**recipe.request)
+    order = pipeline.resolve(asked_for)
     again = pipeline(order).images
     assert isinstance(again, list)  # the output type "pil"
-    single = next(pipeline.resolve(order).singles())
+    single = next(order.singles())
     # In another type of numbers every network has another digest: the model is then opened as it was, to compare.
     asked = opened(recipe, replace(opening, dtype=None)) if opening.dtype else pipeline
     others = differences(recipe_of(pipeline, single, digests(asked)), recipe)
@@ -109,18 +118,19 @@ def compared(path: Path, again: "Image.Image") -> dict[str, Any]:
     import numpy as np
     from PIL import Image
 
-    from ldm.images import FORMATS
+    from ldm.images import FORMATS, to_pil, to_tensor
 
     options = dict(FORMATS.values())
     data = io.BytesIO()
     with Image.open(path) as stored:  # by what it is, which its name may not say
         kind = str(stored.format)
-        again.save(data, kind, **options[kind])
+        opaque = again if kind == "PNG" else to_pil(to_tensor([again]))[0]  # as `ldm.images.save` has it
+        opaque.save(data, kind, **options[kind])
     with Image.open(path) as stored, Image.open(data) as fresh:
         if stored.size != fresh.size:
             return {"equal": False, "size": list(stored.size), "drawn": list(fresh.size)}
         try:
-            a, b = (np.asarray(image.convert("RGB"), int) for image in (stored, fresh))
+            a, b = (np.asarray(image.convert("RGBA"), int) for image in (stored, fresh))
         except (OSError, SyntaxError, ValueError) as error:  # a decoder's, at pixels that are damaged
             raise ModelError(f"the pixels of {path} cannot be read: {error}; the file is damaged") from error
     apart = np.abs(a - b).max(2)

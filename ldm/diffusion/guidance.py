@@ -25,27 +25,47 @@ def guided(denoise: Denoiser, scale: float, weights: Weights | None = None) -> D
     """
 
     def guide(x: Tensor, sigma: float) -> Estimate:
-        negative, positive, variance = _halves(denoise, x, sigma, weights)
+        (negative, positive), variance = _parts(denoise, x, sigma, weights)
         return Estimate(torch.lerp(negative, positive, scale), variance)
 
     return guide
 
 
-def _halves(
-    denoise: Denoiser, x: Tensor, sigma: float, weights: Weights | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The negative estimate, the positive one (of parts, weighted) and the first part's variance."""
-    parts = 1 if weights is None else len(weights)
-    said = denoise(torch.cat([x] * (1 + parts)), sigma)
-    negative, first, *others = said.x0.chunk(1 + parts)
-    variance = None if said.variance is None else said.variance.chunk(1 + parts)[1]
+def guided_by_image(denoise: Denoiser, scale: float, image_scale: float, weights: Weights | None = None) -> Denoiser:
+    """Guidance by a text and by a picture that the network sees: Brooks et al. 2023 (arXiv:2211.09800), eq. 3,
+
+        bare + image_scale * (negative - bare) + scale * (positive - negative).
+
+    `denoise` takes, in one call, three times the batch: bare (no picture, negative text), negative (the picture,
+    negative text), positive (picture and text); the result takes the batch once. weights: as of `guided`, of K positive
+    parts; then 2 + K times. An image_scale of 1 is `guided` without the bare rows.
+    """
+
+    def guide(x: Tensor, sigma: float) -> Estimate:
+        (bare, negative, positive), variance = _parts(denoise, x, sigma, weights, bare=1)
+        return Estimate(torch.lerp(bare, negative, image_scale) + scale * (positive - negative), variance)
+
+    return guide
+
+
+def _parts(
+    denoise: Denoiser, x: Tensor, sigma: float, weights: Weights | None, bare: int = 0
+) -> tuple[list[Tensor], Tensor | None]:
+    """The estimates of `bare` leading parts, the negative one, the positive one (of parts, weighted), and the first
+    positive part's variance.
+    """
+    parts = bare + 1 + (1 if weights is None else len(weights))
+    said = denoise(torch.cat([x] * parts), sigma)
+    *leading, negative = said.x0.chunk(parts)[: bare + 1]
+    positives = said.x0.chunk(parts)[bare + 1 :]
+    variance = None if said.variance is None else said.variance.chunk(parts)[bare + 1]
     if weights is None:
-        return negative, first, variance
+        return [*leading, negative, *positives], variance
     positive = negative
-    for part, row in zip((first, *others), weights, strict=True):
+    for part, row in zip(positives, weights, strict=True):
         factors = torch.tensor(row, dtype=x.dtype, device=x.device).view(-1, *[1] * (x.ndim - 1))
         positive = positive + factors * (part - negative)
-    return negative, positive, variance
+    return [*leading, negative, positive], variance
 
 
 def guided_rescaled(
@@ -64,13 +84,30 @@ def guided_rescaled(
         raise UsageError(f"guidance_rescale is {rescale}; it must be from 0 to 1")
 
     def guide(x: Tensor, sigma: float) -> Estimate:
-        negative, positive, variance = _halves(denoise, x, sigma, weights)
+        (negative, positive), variance = _parts(denoise, x, sigma, weights)
         skipped = kind.c_skip(sigma) * x
         output = torch.lerp(negative, positive, scale) - skipped
         factor = rescale * (_deviation(positive - skipped) / _deviation(output)) + (1 - rescale)
         return Estimate(skipped + factor * output, variance)
 
     return guide
+
+
+def held(denoise: Denoiser, known: Tensor, freedom: Callable[[float], Tensor]) -> Denoiser:
+    """x0 -> known + freedom * (x0 - known): inpainting with any model, whatever the solver.
+
+    known: the clean picture [1 or B, C, H, W]. freedom: level -> how far each place may leave it there, 0..1, exact at
+    both ends; [1 or B, 1, H, W] (see ldm.diffusion.strength.freed). Where it is 0 a solver that begins at known +
+    sigma * noise keeps x - known a noise of its level and ends at `known`; so the network sees there, at each level,
+    the known picture under noise, as if it had been put in place of x: RePaint's eq. 8a (Lugmayr et al. 2022,
+    arXiv:2201.09865), but with the solver's own noise instead of a fresh one.
+    """
+
+    def hold(x: Tensor, sigma: float) -> Estimate:
+        said = denoise(x, sigma)
+        return said._replace(x0=torch.lerp(known, said.x0, freedom(sigma)))
+
+    return hold
 
 
 def clipped(denoise: Denoiser, most: float) -> Denoiser:

@@ -5,7 +5,6 @@ for item in evaluate(pipeline, EmojiScenes()):   # a Judged after every picture,
 print(item.table())
 """
 
-import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ldm.checkpoints.safe import atomic_json, atomic_text
 from ldm.data.emoji import (
     BACKGROUNDS,
     RELATIONS,
@@ -31,7 +29,8 @@ from ldm.data.emoji import (
 from ldm.errors import UsageError
 from ldm.evaluation.matching import SIDE, Array, Sighting, Templates, shrunk
 from ldm.evaluation.reconstruction import first_stage_psnr
-from ldm.images import contact_sheet, save
+from ldm.evaluation.scores import Score, as_json, cells, save_report, table
+from ldm.images import contact_sheet
 from ldm.pipeline import Pipeline
 
 PROMPT_SEED = 0
@@ -267,29 +266,6 @@ def evaluate(
 
 
 @dataclass(frozen=True)
-class Score:
-    """`right` of `of` pictures, with the binomial 95 % interval of Wilson (1927) for the share."""
-
-    name: str
-    right: int
-    of: int
-    target: float | None = None
-
-    @property
-    def share(self) -> float:
-        """right / of."""
-        return self.right / self.of
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Lower and upper bound: p + z^2/2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2), over 1 + z^2/n, at z = 1.96."""
-        z2 = 1.959964**2 / self.of
-        middle = self.share + z2 / 2
-        half = math.sqrt(z2 * (self.share * (1 - self.share) + z2 / 4))
-        return max(0.0, (middle - half) / (1 + z2)), min(1.0, (middle + half) / (1 + z2))
-
-
-@dataclass(frozen=True)
 class Report:
     """The verdicts on a model's pictures, and its first stage's PSNR on held-out scenes (dB)."""
 
@@ -316,30 +292,14 @@ class Report:
 
     def cells(self) -> list[tuple[str, ...]]:
         """The table's rows, the heading first."""
-        rows = [("score", "pictures", "right", "95 % interval", "target")]
-        for s in self.scores():
-            low, high = s.interval
-            target = "" if s.target is None else f">= {s.target:.0%}"
-            rows.append((s.name, str(s.of), f"{s.share:.1%}", f"{low:.1%} .. {high:.1%}", target))
-        return [*rows, ("first stage, PSNR", "", f"{self.psnr:.1f} dB", "", ">= 24 dB")]
+        return [*cells(self.scores()), ("first stage, PSNR", "", f"{self.psnr:.1f} dB", "", ">= 24 dB")]
 
     def table(self) -> str:
         """The scores as text."""
-        rows = self.cells()
-        widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
-        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
-
-    def markdown(self) -> str:
-        """The scores as a Markdown table."""
-        head, *body = ["| " + " | ".join(row) + " |" for row in self.cells()]
-        return "\n".join([head, "|---|--:|--:|:-:|--:|", *body])
+        return table(self.cells())
 
     def to_dict(self) -> dict[str, object]:
         """Scores and every picture's verdict, for JSON."""
-        scores = [
-            {"name": s.name, "right": s.right, "of": s.of, "share": s.share, "interval": s.interval, "target": s.target}
-            for s in self.scores()
-        ]
         rows = [
             {
                 "prompt": r.prompt, "seed": r.seed, "background": r.verdict.background, "objects": r.verdict.objects,
@@ -349,7 +309,7 @@ class Report:
             }
             for r in self.rows
         ]  # fmt: skip
-        return {"scores": scores, "first_stage_psnr": self.psnr, "pictures": rows}
+        return {"scores": as_json(self.scores()), "first_stage_psnr": self.psnr, "pictures": rows}
 
     def sheet(self, n: int = ON_SHEET) -> Image.Image:
         """The first n pictures in order, uncurated, each with its prompt: of singles and relations in their shares."""
@@ -357,8 +317,4 @@ class Report:
 
     def save(self, folder: str | Path) -> None:
         """Write alignment.json, alignment.md and alignment.png into a folder, each by rename."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        atomic_json(folder / "alignment.json", self.to_dict())
-        atomic_text(folder / "alignment.md", self.markdown() + "\n")
-        save(self.sheet(), folder / "alignment.png")
+        save_report(Path(folder), "alignment", self.to_dict(), self.cells(), self.sheet())

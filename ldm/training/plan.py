@@ -17,8 +17,8 @@ from ldm.checkpoints.components import Components
 from ldm.data.buckets import Buckets, Size
 from ldm.errors import UsageError
 from ldm.memory import available_bytes
-from ldm.pipeline import FALLBACKS
 from ldm.schedulers import network_of
+from ldm.staging import FALLBACKS
 from ldm.training.counting import (
     adapted,
     clip_encoders,
