@@ -49,6 +49,22 @@ SECTIONS: tuple[tuple[str, str, tuple[tuple[str, tuple[str, ...]], ...]], ...] =
         ),
     ),
     (
+        "Editing",
+        "A picture, what is drawn anew of it, and how the rest is kept; [with examples](editing.md).",
+        (
+            ("ldm.inputs", ("Source", "source_of")),
+            ("ldm.masks", ("mask_of", "grown", "faded", "shrunk")),
+            ("ldm.canvas", ("Canvas", "canvas_of", "margins", "window", "fitted", "filled")),
+            ("ldm.editing", ("length",)),
+            ("ldm.diffusion.guidance", ("held", "guided_by_image")),
+            ("ldm.diffusion.strength", ("stronger", "freed")),
+            ("ldm.schedulers.laps", ("Lap", "laps", "walked")),
+            ("ldm.schedulers.inversion", ("invert",)),
+            ("ldm.noise_files", ("GivenNoise", "read_noise", "write_noise")),
+            ("ldm.models.seamless", ("seamless",)),
+        ),
+    ),
+    (
         "Beside diffusers",
         "Its schedulers in our runs, its pipelines as ours, ours as its; [with examples](interop.md).",
         (("ldm.interop", ("with_scheduler", "from_diffusers", "to_diffusers")),),
@@ -130,6 +146,7 @@ SECTIONS: tuple[tuple[str, str, tuple[tuple[str, tuple[str, ...]], ...]], ...] =
             ("ldm.training.denoiser", ("denoiser",)),
             ("ldm.data.emoji", ("CorpusConfig", "EmojiScenes", "Scene", "SceneSpec")),
             ("ldm.evaluation.alignment", ("evaluate", "Report")),
+            ("ldm.evaluation.inpainting", ("evaluate", "Report", "Job")),
         ),
     ),
 )
@@ -191,9 +208,9 @@ def class_lines(tree: ast.ClassDef, source: list[str]) -> Iterator[str]:
 
 
 def option_of(field: ast.AnnAssign) -> ast.Call | None:
-    """The call of `_option` that a field of Request is made with."""
+    """The call that a field of Request is made with."""
     call = field.value
-    return call if isinstance(call, ast.Call) and ast.unparse(call.func) == "_option" else None
+    return call if isinstance(call, ast.Call) and ast.unparse(call.func) in ("_option", "_edit") else None
 
 
 def option_lines(fields: Iterable[ast.AnnAssign]) -> Iterator[str]:

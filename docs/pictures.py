@@ -1,30 +1,65 @@
 """Draws the pictures of these pages into docs/pictures, with the model in the box and from mathematics.
 
-    python docs/pictures.py              # all of them, about a minute
+    python docs/pictures.py              # all of them, some minutes
     python docs/pictures.py guidance     # one
 
-Sheets are written with 256 colours, so that all together stay small.
+Those of editing.md are what the commands on that page write. Sheets have 256 colours, so that all together stay small.
 """
 
 import argparse
 import io
+import re
+import shlex
+import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import chdir
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 
 import ldm
 from ldm.checkpoints.safe import atomic_bytes
+from ldm.cli import main as ldm_command
 from ldm.cli.schedulers import plot_levels
 from ldm.diffusion import c_in
 from ldm.grid import plot
-from ldm.images import contact_sheet, to_pil, to_tensor
+from ldm.images import contact_sheet, grid, to_pil, to_tensor
 from ldm.preview import chosen
 
 HERE = Path(__file__).with_name("pictures")
 PROMPT, SEED = "a penguin on a blue background", 7
 SHOWN = ("ddpm", "ddim", "euler_a", "heun", "plms", "dpm++sde", "dpm++2m", "dpm++2m_karras", "unipc", "deis")
+
+EDITING = Path(__file__).with_name("editing.md")
+EDITS: dict[str, dict[str, str]] = {  # sheet -> files that the page about editing writes -> what stands under each
+    "edit-image": {
+        "taco.png": "the picture", "a-little.png": "a banana, strength 0.4", "much.png": "a banana, strength 0.8",
+        "green.png": "on green, strength 0.6",
+    },
+    "edit-inpaint": {"taco.png": "the picture", "pizza.png": "a pizza in the box", "feathered.png": "its edge faded"},
+    "edit-shapes": {"three.png": "the picture", "two-tacos.png": "two ellipses", "one-taco.png": "a polygon"},
+    "edit-file": {"taco.png": "the picture", "object.png": "mask", "new-ground.png": "all but the mask"},
+    "edit-alpha": {"cut.png": "the picture", "whole.png": "what was transparent"},
+    "edit-soft": {
+        "taco.png": "the picture", "ramp.png": "mask", "ramped.png": "a strength for each pixel",
+        "half.png": "a mask of 0 and 1",
+    },
+    "edit-only": {"sheet.png": "the picture", "lost.png": "drawn as a whole", "found.png": "drawn alone"},
+    "edit-resample": {"violin.png": "the picture", "once.png": "walked once", "five-times.png": "five times"},
+    "edit-extend": {"taco.png": "the picture", "beside.png": "a hard edge", "blended.png": "grown and faded"},
+    "edit-seamless": {
+        "tile-four.png": "seamless", "decoded-apart-four.png": "decoded without", "no-tile-four.png": "without",
+    },
+    "edit-noise": {"taco.png": "the picture", "back.png": "from its noise", "from-its-noise.png": "other words"},
+    "edit-words": {
+        "taco.png": "the picture", "recoloured.png": "green, guidance 1", "overshot.png": "green, guidance 4",
+        "redone.png": "a pizza, away from nothing",
+    },
+    "edit-variations": {"taco.png": "the picture", "varied-0.3.png": "strength 0.3", "varied-0.8.png": "strength 0.8"},
+}  # fmt: skip
 
 
 def keep(sheet: Image.Image, name: str) -> None:
@@ -101,9 +136,47 @@ def levels(pipeline: ldm.Pipeline, name: str) -> None:
     keep(figure, name)
 
 
+def carried_out(page: str, folder: Path) -> None:
+    """Type every command of a page, and run its Python, in order, in a folder."""
+    names: dict[str, Any] = {}
+    with chdir(folder):
+        for kind, text in re.findall(r"^```(sh|python)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL):
+            if kind == "python":
+                exec(compile(text, EDITING.name, "exec"), names)
+                continue
+            for line in text.replace("\\\n", " ").splitlines():
+                try:
+                    ldm_command(shlex.split(line)[1:])
+                except SystemExit as end:
+                    if end.code:
+                        raise RuntimeError(f"this failed: {line}") from end
+
+
+@cache
+def written() -> dict[str, Image.Image]:
+    """The pictures that the page about editing writes, by name."""
+    with tempfile.TemporaryDirectory() as folder:
+        carried_out(EDITING.read_text("utf-8"), Path(folder))
+        return {path.name: Image.open(path).copy() for path in Path(folder).glob("*.png")}
+
+
+def edited(pipeline: ldm.Pipeline, name: str) -> None:
+    """Before and after, each side doubled."""
+    images = [written()[file] for file in EDITS[name]]
+    large = [image.resize((2 * image.width, 2 * image.height), Image.Resampling.NEAREST) for image in images]
+    columns = 1 if max(image.width for image in large) > 256 else len(large)
+    keep(grid(large, columns, padding=8, labels=list(EDITS[name].values())), name)
+
+
+def fills(pipeline: ldm.Pipeline, name: str) -> None:
+    """The sheet that `ldm grid` makes on that page."""
+    keep(written()["fills.png"], name)
+
+
 PICTURES: dict[str, Callable[[ldm.Pipeline, str], None]] = {
     "noise": noise, "autoencoder": autoencoder, "estimates": estimates, "guidance": guidance,
-    "schedulers": schedulers, "variations": variations, "levels": levels,
+    "schedulers": schedulers, "variations": variations, "levels": levels, **dict.fromkeys(EDITS, edited),
+    "edit-fill": fills,
 }  # fmt: skip
 
 

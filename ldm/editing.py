@@ -19,12 +19,12 @@ from ldm.diffusion.prediction import Denoiser, Estimate
 from ldm.diffusion.spacing import Levels
 from ldm.diffusion.strength import freed
 from ldm.errors import UsageError
-from ldm.images import to_tensor
+from ldm.images import Pictures, of_type, to_tensor
 from ldm.inputs import Source, source_of
 from ldm.masks import SPOKEN, mask_of, shrunk
 from ldm.models.seamless import seamless
 from ldm.noise import Noise
-from ldm.noise_files import read_noise
+from ldm.noise_files import GivenNoise, read_noise
 from ldm.request import Request
 from ldm.schedulers import Step
 from ldm.schedulers.laps import laps, total
@@ -33,6 +33,7 @@ STRENGTH, STRENGTH_INSIDE = 0.8, 1.0  # where none is said: of a whole picture, 
 IMAGE_GUIDANCE = 1.5  # of instruct-pix2pix: Brooks et al. 2023 (arXiv:2211.09800), sec. 3.2.1
 INVERTIBLE = ("ddim", "euler")
 WANTS = ("inpainting", "instruct-pix2pix")  # tasks of networks that take more channels
+EDIT_GUIDANCE = 1.0  # away from what a picture shows; more changes more than was asked for
 INVERSION_STEPS = 50  # Mokady et al. 2022 (arXiv:2211.09794), sec. 4
 
 
@@ -41,7 +42,7 @@ def settled(c: Components, order: Request) -> Request:
     UsageError, in one sentence, for a picture, mask or number that cannot be taken.
     """
     if order.noise is not None:
-        order = replace(order, noise=read_noise(order.noise))
+        order = _with_noise(c, order, read_noise(order.noise))
     if order.image is None:
         return order
     image = source_of(order.image, "image", order.convert_image)
@@ -59,6 +60,15 @@ def settled(c: Components, order: Request) -> Request:
     return replace(order, **chosen)
 
 
+def _with_noise(c: Components, order: Request, noise: GivenNoise) -> Request:
+    """With the noise, and at its size, where none is said and there is no picture that has one."""
+    order = replace(order, noise=noise)
+    if order.image is not None or order.height or order.width:
+        return order
+    height, width = (side * c.vae.config.factor for side in noise.latents.shape[-2:])
+    return replace(order, height=height, width=width)
+
+
 def _with_source(order: Request) -> Request:
     """A variation of a picture is one of the noise that it comes from. What the picture shows is also what an edit
     keeps away from: so the same words, at any guidance, draw the picture again (Miyake et al. 2023, arXiv:2305.16807).
@@ -69,14 +79,21 @@ def _with_source(order: Request) -> Request:
         order = replace(order, source_prompt=order.prompts[0])
     if order.source_prompt is None:
         return order
+    if order.num_images_per_prompt > 1 and not order.variation_strength and order.resample == 1:
+        raise UsageError(
+            f"{order.num_images_per_prompt} pictures of one prompt were asked for with source_prompt, and the noise of "
+            "one picture draws one; ask for 1, or give a variation_strength"
+        )
     if (order.scheduler is not None and order.scheduler not in INVERTIBLE) or order.eta:
         said = f"eta {order.eta}" if order.eta else f"the scheduler {order.scheduler}"
         raise UsageError(
             f"{said} was asked for with source_prompt, and runs go back by {' or '.join(INVERTIBLE)} alone"
         )
+    if not order.negative_prompt:
+        scale = EDIT_GUIDANCE if order.guidance_scale is None else order.guidance_scale
+        order = replace(order, negative_prompt=order.source_prompt, guidance_scale=scale)
     steps = order.num_inference_steps or (None if order.nfe else INVERSION_STEPS)
-    negative = order.negative_prompt or order.source_prompt
-    return replace(order, scheduler=order.scheduler or "ddim", num_inference_steps=steps, negative_prompt=negative)
+    return replace(order, scheduler=order.scheduler or "ddim", num_inference_steps=steps)
 
 
 def canvas(c: Components, order: Request) -> Canvas:
@@ -198,7 +215,7 @@ def ground_of(c: Components, vae: VAE, order: Request) -> Ground | None:
             free = (free >= 0.5).float()
             mask = F.interpolate(free, mask.shape[-2:]).to(where)
         if c.task == "inpainting" or as_diffusers:
-            told = _posterior(vae, pixels * (free < 0.5 if as_diffusers else free == 0), axes)
+            told = _posterior(vae, pixels * (free == 0), axes)
     return Ground(image, told, mask, order.strength, c.task, as_diffusers)
 
 
@@ -246,6 +263,17 @@ def pasted(c: Components, order: Request, images: Tensor) -> Tensor:
     if order.image is None or (order.profile == "diffusers" and order.padding_mask_crop is None):
         return images
     return canvas(c, order).pasted(images)
+
+
+def pictures_of(order: Request, images: Tensor, output_type: str = "pil") -> Pictures:
+    """Finished images [B, 3 or 4, H, W] of a resolved request as `ldm.images.of_type` has them; PIL pictures with the
+    colour profile of the picture that they edit, for their bytes mean its colours.
+    """
+    pictures = of_type(images, output_type)
+    profile = order.image.image.info.get("icc_profile") if isinstance(order.image, Source) else None
+    for picture in pictures if isinstance(pictures, list) and profile else ():
+        picture.info["icc_profile"] = profile
+    return pictures
 
 
 def length(order: Request) -> int:

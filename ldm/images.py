@@ -161,11 +161,13 @@ def save(image: Image.Image, path: str | Path, text: Mapping[str, str] | None = 
     if any(len(value) > LARGEST_TEXT for value in texts.values()):
         raise LdmError(f"the text for {path} is longer than {LARGEST_TEXT:,} characters; shorten it or leave it out")
     data = io.BytesIO()
+    if image.info.get("icc_profile"):
+        options = options | {"icc_profile": image.info["icc_profile"]}
     if kind == "PNG":
         chunks = PngImagePlugin.PngInfo()
         for key, value in texts.items():
             chunks.add_text(key, value)
-        image.save(data, kind, pnginfo=chunks)
+        image.save(data, kind, pnginfo=chunks, **options)
     else:
         exif = _exif(texts)
         if kind == "JPEG" and len(exif) > LARGEST_EXIF:

@@ -36,6 +36,7 @@ LARGEST = 178_956_970  # pixels, half a GiB in RGB, where Pillow refuses too: mo
 DAMAGE = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError, struct.error, zlib.error)
 PLAIN = frozenset("1 L LA P PA RGB RGBA".split())  # noqa: SIM905  # modes that become RGB or RGBA without loss
 MODES = PLAIN | frozenset("La RGBX RGBa CMYK YCbCr HSV I I;16 I;16L I;16B I;16N".split())  # noqa: SIM905
+OWN_PROFILE = ("RGB", "RGBA", "P")  # modes whose colour profile also tells of the RGB that they become
 BITS_PER_SAMPLE = 258  # TIFF 6.0, section 8
 
 
@@ -62,8 +63,8 @@ def source_of(given: "str | Path | Image.Image | Source", what: str = "image", c
 
     what: the noun for messages. convert: several frames, colours that are not RGB, more than 8 bits and a turn by EXIF
     are no longer refused: the first frame is taken, colours become RGB without a profile, the upper 8 bits are kept (as
-    Pillow does with 16-bit RGB), and it is turned upright. Colour profiles of RGB are not heeded. UsageError for these,
-    and for what cannot be decoded (see `decoded`) or read.
+    Pillow does with 16-bit RGB), and it is turned upright. A colour profile of RGB is not heeded, and kept. UsageError
+    for these, and for what cannot be decoded (see `decoded`) or read.
     """
     if isinstance(given, Source):
         return given
@@ -85,9 +86,11 @@ def source_of(given: "str | Path | Image.Image | Source", what: str = "image", c
     if said and not convert:
         raise UsageError(f"the {shown} {' and '.join(said)}; add --convert-image to take {' and '.join(cures)}")
     image = turned(image)
+    profile = image.info.get("icc_profile") if image.mode in OWN_PROFILE else None
     if image.mode[0] == "I":
         image = Image.fromarray((_levels(image) >> 8).astype(np.uint8))
     image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    image.info = {"icc_profile": profile} if profile else {}
     digest = hashlib.sha256(f"{image.mode} {image.width} x {image.height}\n".encode())
     digest.update(image.tobytes())
     return Source("" if isinstance(given, Image.Image) else Path(given).name, image, digest.hexdigest())

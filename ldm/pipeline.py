@@ -20,7 +20,7 @@ from ldm.checkpoints.safe import file_sha256
 from ldm.checkpoints.single_file import open_single_file, save_single_file
 from ldm.conditioning import AnyEncoder, encoder_of, unheard
 from ldm.decoding import decoded
-from ldm.editing import Ground, mask_remarks, pasted, settled, source_of_edit
+from ldm.editing import Ground, mask_remarks, pasted, pictures_of, settled, source_of_edit
 from ldm.errors import ModelError, UsageError
 from ldm.images import Pictures, of_type, to_pil
 from ldm.models.seamless import seamless
@@ -279,7 +279,7 @@ class Pipeline:
         if order.output_type == "latent":
             return Result(final, seeds, order, final, notes=said)
         images, flags, notes = self.finished(final, order)
-        return Result(of_type(images, order.output_type), seeds, order, final, flags, (*said, *notes))
+        return Result(pictures_of(order, images, order.output_type), seeds, order, final, flags, (*said, *notes))
 
     def resolve(self, request: Request, given: Conditioning | None = None) -> Request:
         """The request with every open choice made: the model's defaults, the size, the seeds (drawn if there are

@@ -88,11 +88,12 @@ class Run:
     @cached_property
     def _whole(self) -> Levels:
         """The levels of the run that this one may be a part of; the script counts its steps."""
-        order, sampling = self.order, self.sampling
+        order = self.order
         assert order.num_inference_steps
+        levels = self.sampling.levels(order.num_inference_steps)
         if order.strength is None or order.profile == "diffusers":
-            return sampling.levels(order.num_inference_steps)
-        return stronger(sampling.levels, order.num_inference_steps, order.strength, sampling.schedule)
+            return levels
+        return stronger(levels, order.strength, self.sampling.schedule)
 
     @cached_property
     def levels(self) -> Levels:

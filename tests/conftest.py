@@ -2,7 +2,7 @@
 this process, and a model small enough to draw in milliseconds.
 """
 
-import copy
+import gc
 import json
 import os
 import random
@@ -18,11 +18,14 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import numpy as np
 import pytest
 import torch
-from helpers import Done, small_model, without_sockets
+from helpers import Done, copier, small_model, without_sockets
 
+import ldm.checkpoints.folder
+import ldm.cli
+from ldm.checkpoints import pickles
 from ldm.checkpoints.components import Components
 from ldm.checkpoints.folder import open_folder
-from ldm.checkpoints.single_file import open_single_file
+from ldm.checkpoints.single_file import MODELS, open_single_file
 from ldm.cli import main
 from ldm.text.tokenizer import CLIPTokenizer
 
@@ -39,6 +42,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("cuda"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
+
+
+def pytest_collection_finish() -> None:
+    """What is loaded by now stays: the garbage collector need not look through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -119,9 +128,51 @@ def standard_tokenizers() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_command() -> Iterator[None]:
+    """The command is put together once, as in a process of its own: it takes longer than most of what it does here."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("get_command", "tidied"):
+            patch.setattr(f"ldm.cli.{name}", cache(getattr(ldm.cli, name)))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def networks_built_once() -> Iterator[None]:
+    """Where files are opened, a network of one configuration is built once, and copied in less than half the time: it
+    has no numbers yet.
+    """
+    copiers: dict[str, Callable[[], Any]] = {}
+
+    def once(build: Callable[..., Any]) -> Callable[..., Any]:
+        def built(*described: object) -> Any:
+            key = repr((build, described))
+            if key not in copiers:
+                copiers[key] = copier(build(*described))
+            return copiers[key]()
+
+        return built
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ldm.checkpoints.folder.build", once(ldm.checkpoints.folder.build))
+        for config, network in MODELS.items():
+            patch.setitem(MODELS, config, once(network))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def disks_do_not_wait() -> Iterator[None]:
+    """No test cuts the power: what the system has been given it has, written to the disk or not. Those that ask in what
+    order files are synced count the calls.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", os.fstat)  # which refuses what is no file, too
+        yield
+
+
 @pytest.fixture(scope="session")
-def opened() -> dict[tuple[object, ...], Components]:
-    """Models that `quick` has opened."""
+def opened() -> dict[tuple[object, ...], Callable[[], Components]]:
+    """Copiers of the models that `quick` has opened."""
     return {}
 
 
@@ -139,10 +190,8 @@ def quick(monkeypatch, opened) -> Iterator[None]:
             files = sorted((str(file), file.stat().st_mtime_ns) for file in parts)
             key = (opener, place.resolve(), *files, *options, *sorted(named.items()))
             if key not in opened:
-                opened[key] = opener(path, *options, **named)
-            whole = opened[key]
-            tokenizers = {id(tokenizer): tokenizer for tokenizer in whole.tokenizers.values()}  # these never change
-            return copy.deepcopy(whole, tokenizers)  # whoever opens it may change the rest
+                opened[key] = copier(opener(path, *options, **named))
+            return opened[key]()  # whoever opens it may change it
 
         return open_once
 
@@ -152,6 +201,18 @@ def quick(monkeypatch, opened) -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def pickles_here(monkeypatch) -> None:
+    """Pickles are read in this process: one of their own, which test_pickles.py and test_hostile.py are about, is
+    seconds in beginning.
+    """
+
+    def convert(path: Path, target: Path, names: list[str]) -> None:
+        pickles.atomic_save_safetensors(pickles._extract(str(path), names), target)
+
+    monkeypatch.setattr(pickles, "_convert", convert)
 
 
 @pytest.fixture

@@ -1,12 +1,18 @@
 """What the tests of the commands share: a small model, how a command ended, and what it left behind."""
 
+import copy
+import copyreg
+import io
+import pickle
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor, nn
 
 from ldm.adapters.adapter import Adapter, Layer
 from ldm.adapters.names import book_of
@@ -18,6 +24,7 @@ from ldm.models.unet import CROSS, PLAIN, UNet, UNetConfig
 from ldm.models.vae import AutoencoderKL, VAEConfig
 from ldm.text.tokenizer import CLIPTokenizer
 
+T = TypeVar("T")
 WINDOW, SIDE = 77, 16  # tokens and pixels of the small model
 
 
@@ -89,6 +96,28 @@ def small_model(folder: Path, tokens: int = 514, widths: tuple[int, ...] = (8, 1
     )
     save_folder(parts, folder, torch.float32)
     return folder
+
+
+HELD: list[Any] = []  # what the pickles of `copier` leave out
+
+
+def held(number: int) -> Any:
+    """A copy of a tensor that was left out; a tokenizer itself, which never changes."""
+    part = HELD[number]
+    return copy.deepcopy(part) if isinstance(part, Tensor) else part
+
+
+def copier(whole: T) -> Callable[[], T]:
+    """Makes copies of a model, or of a network, each in a fifth of the time of `copy.deepcopy`."""
+
+    def left_out(part: object) -> tuple[Callable[[int], Any], tuple[int]]:
+        HELD.append(part)
+        return held, (len(HELD) - 1,)
+
+    pickler = pickle.Pickler(pickled := io.BytesIO(), pickle.HIGHEST_PROTOCOL)
+    pickler.dispatch_table = copyreg.dispatch_table | dict.fromkeys((Tensor, nn.Parameter, CLIPTokenizer), left_out)
+    pickler.dump(whole)
+    return lambda: pickle.loads(pickled.getvalue())
 
 
 def write_adapters(parts: Components, folder: Path) -> None:

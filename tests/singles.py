@@ -7,13 +7,14 @@ ostris/ai-toolkit, MIT; see NOTICE). Nothing here is written by what it tests.
 import gzip
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from helpers import copier
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -101,18 +102,28 @@ def theirs(config: Any) -> nn.Module:
     return getattr(transformers, d["architectures"][0])(transformers.CLIPTextConfig(**d)).eval()
 
 
+MADE: dict[str, Callable[[], dict[str, nn.Module]]] = {}
+
+
 def model_of(family: Family, in_channels: int, device: str = "cpu") -> Model:
-    """Random networks, no norm or bias left at its neutral value; on "meta" without numbers."""
-    torch.manual_seed(0)
+    """Random networks, no norm or bias left at its neutral value; on "meta" without numbers. Made once, and copied."""
     configs = {name: part.config for name, part in family.parts.items()}
     configs["unet"] = replace(configs["unet"], in_channels=in_channels)
+    if (key := repr((device, configs))) not in MADE:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            MADE[key] = copier(_made(configs, device))
+    return Model(family, MADE[key]())
+
+
+def _made(configs: Mapping[str, Any], device: str) -> dict[str, nn.Module]:
     with torch.device(device):
         networks = {name: theirs(config) for name, config in configs.items()}
         for network in networks.values() if device == "cpu" else ():
             with torch.no_grad():
                 for parameter in network.parameters():
                     parameter.add_(0.1 * torch.randn_like(parameter))
-    return Model(family, networks)
+    return networks
 
 
 def single_state(name: str, model: Model) -> dict[str, Tensor]:

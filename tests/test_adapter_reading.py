@@ -269,7 +269,7 @@ def test_pefts_folders_change_weights_as_peft_does(name, tmp_path, networks, boo
             torch.testing.assert_close(torch.zeros_like(theirs) if moved is None else moved, theirs)
 
 
-def test_a_folder_of_pefts_folders(tmp_path, networks):
+def test_a_folder_of_pefts_folders(tmp_path, networks, pickles_here):
     """Three networks beside each other, of which two have the same names; one of them alone, its file, its pickle."""
     every = {**networks, TEXT_2: networks[TEXT]}
     book = book_of(every)

@@ -94,7 +94,8 @@ def test_every_object_on_two_backgrounds(judge, scenes):
     assert wrong(judge, scenes, specs + near) == []
 
 
-@pytest.mark.parametrize(("kind", "n"), [("pair", 50), ("count", 50)])
+@pytest.mark.parametrize("n", [20, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["pair", "count"])
 def test_random_scenes(judge, scenes, kind, n):
     rng = random.Random(kind)
     assert wrong(judge, scenes, [scenes.spec(rng, kind) for _ in range(n)]) == []

@@ -30,12 +30,9 @@ def ldm(*words: str | Path, **variables: str) -> subprocess.CompletedProcess[str
     return subprocess.run([*LDM, *words], capture_output=True, text=True, timeout=60, env=QUICK | variables)
 
 
-def completed(*words: str) -> list[str]:
-    """What bash is told for a line whose last word is not finished."""
-    line = " ".join(("ldm", *words))
-    done = ldm(_LDM_COMPLETE="complete_bash", COMP_WORDS=line, COMP_CWORD=str(len(words)))
-    assert done.returncode == 0 and done.stderr == ""
-    return done.stdout.split()
+def asked(*words: str) -> dict[str, str]:
+    """How bash asks how a line may go on whose last word is not finished."""
+    return {"_LDM_COMPLETE": "complete_bash", "COMP_WORDS": " ".join(("ldm", *words)), "COMP_CWORD": str(len(words))}
 
 
 @pytest.mark.parametrize(
@@ -53,14 +50,17 @@ def completed(*words: str) -> list[str]:
         (["nothing-of-that-name"], []),
     ],
 )
-def test_words_are_completed(words: list[str], wanted: list[str]) -> None:
-    assert completed(*words) == wanted
+def test_words_are_completed(run, monkeypatch, words: list[str], wanted: list[str]) -> None:
+    """In this process; those below have their own."""
+    for name, value in asked(*words).items():
+        monkeypatch.setenv(name, value)
+    done = run()
+    assert (done.code, done.out.split(), done.err) == (0, wanted, "")
 
 
 def test_completing_loads_little() -> None:
     """No torch, and few modules: what they cost is the same in every hour of a machine."""
-    line = {"_LDM_COMPLETE": "complete_bash", "COMP_WORDS": "ldm generate --scheduler he", "COMP_CWORD": "3"}
-    done = ldm(**line, PYTHONPROFILEIMPORTTIME="1")
+    done = ldm(**asked("generate", "--scheduler", "he"), PYTHONPROFILEIMPORTTIME="1")
     assert done.stdout.split() == ["heun"]
     loaded = {row.rsplit("|", 1)[1].strip() for row in done.stderr.splitlines() if row.startswith("import time:")}
     assert "ldm.cli" in loaded and len(loaded) <= 400 and not {"torch", "numpy", "PIL"} & loaded
@@ -72,7 +72,7 @@ def test_completing_costs_little() -> None:
 
     def cost() -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert completed("generate", "--scheduler", "he") == ["heun"]
+        assert ldm(**asked("generate", "--scheduler", "he")).stdout.split() == ["heun"]
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 

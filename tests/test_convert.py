@@ -142,6 +142,7 @@ PARTS: dict[str, State] = {  # no whole models
 }  # fmt: skip
 
 
+@pytest.mark.usefixtures("pickles_here")
 @pytest.mark.parametrize("kind", PARTS)
 def test_pickled_part(convert, run, kind):
     """A LoRA or an embedding becomes safetensors, tensor by tensor; a folder of it there is none."""

@@ -7,7 +7,7 @@ import re
 import runpy
 import shlex
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from functools import cache
 from itertools import takewhile
@@ -38,6 +38,7 @@ from ldm.models.safety import SafetyChecker, SafetyConfig
 from ldm.recipe import NOT_KEPT, Recipe, read
 from ldm.request import Request
 from ldm.schedulers import SCHEDULERS
+from ldm.sources import model_in_the_box
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -222,7 +223,9 @@ def made_small(words: list[str]) -> list[str]:
         return [*words, *shlex.split(FEW_STEPS)]
     if words[0] == "generate" and {*OWN} & {*words}:
         return [*words, "--steps", "5" if "--refiner" in words else "2"]  # the last one typed counts
-    return [*words, "-n", "2", "--steps", "1"] if words[0] == "eval" else words
+    if words[0] == "eval":
+        return [*words, "-n", "2", *(["--steps", "1"] if words[1] == "alignment" else [])]
+    return words
 
 
 def assignments(words: list[str]) -> list[str]:
@@ -230,8 +233,12 @@ def assignments(words: list[str]) -> list[str]:
     return list(takewhile(re.compile(r"[A-Z_]+=").match, words))
 
 
-def execute(words: list[str], run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A command of ldm with its redirections, in the environment that stands before it; it must succeed."""
+def execute(
+    words: list[str], run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, quickly: Sequence[str] = ()
+) -> None:
+    """A command of ldm with its redirections, in the environment that stands before it; it must succeed. quickly: words
+    put behind it.
+    """
     before = assignments(words)
     words = words[len(before) :]
     signs = {sign: words[words.index(sign) + 1] for sign in "<>" if sign in words}
@@ -241,7 +248,7 @@ def execute(words: list[str], run: Callable[..., Any], monkeypatch: pytest.Monke
             patch.setenv(*assignment.split("=", 1))
         if "<" in signs:
             patch.setattr("sys.stdin", io.StringIO(Path(signs["<"]).read_text("utf-8")))
-        done = run(*made_small(typed))
+        done = run(*made_small(typed), *quickly)
     assert done.code == 0, f"{shlex.join(words)}\n{done.err}"
     if ">" in signs:
         Path(signs[">"]).write_text(done.out, "utf-8")
@@ -249,6 +256,7 @@ def execute(words: list[str], run: Callable[..., Any], monkeypatch: pytest.Monke
 
 # Half a minute and more each; last run 2026-11-21, passed.
 LONG = ("command-line.md", "getting-started.md", "recipes.md", "merging.md", "training.md")
+EDITING = "editing.md"  # its masks want pictures of 64 pixels, so the model in the box itself: two tests of its own
 
 
 @pytest.mark.parametrize(
@@ -256,7 +264,7 @@ LONG = ("command-line.md", "getting-started.md", "recipes.md", "merging.md", "tr
     [
         pytest.param(page, marks=pytest.mark.slow) if page in LONG else page
         for page, text in PAGES.items()
-        if any(block.kind in ("sh", "python") for block in blocks(text))
+        if page != EDITING and any(block.kind in ("sh", "python") for block in blocks(text))
     ],
 )
 def test_a_page_works_as_it_stands(page, place, run, monkeypatch, request):
@@ -279,6 +287,32 @@ def test_a_page_works_as_it_stands(page, place, run, monkeypatch, request):
             if typed[0] in NEED_FONT:
                 request.getfixturevalue("noto_font")
             execute(words, run, monkeypatch)
+
+
+def test_the_commands_about_editing_can_be_carried_out(place, run, monkeypatch):
+    """The model in the box would draw each as it stands, from plain pictures in place of those that the page draws."""
+    monkeypatch.setattr("ldm.sources.model_in_the_box", model_in_the_box)
+    for block in blocks(PAGES[EDITING]):
+        if block.kind == "python" and "pipeline" not in block.text:
+            exec(compile("\n" * block.line + block.text, f"docs/{EDITING}", "exec"), {})
+        for words in commands(block):
+            planned = words[1] in ("generate", "edit")
+            execute(words, run, monkeypatch, ("--dry-run",) if planned else ("--steps", "1"))
+            if planned:
+                Image.radial_gradient("L").resize((64, 64)).convert("RGB").save(words[words.index("-o") + 1])
+
+
+@pytest.mark.slow
+def test_the_page_about_editing_shows_what_its_commands_draw(tmp_path, monkeypatch):
+    """All its commands and Python as they stand, with the model in the box. Last run 2026-11-21: passed, 3 minutes."""
+    script = runpy.run_path(str(DOCS / "pictures.py"))
+    monkeypatch.setitem(script["main"].__globals__, "HERE", tmp_path)
+    names = [name for name in script["PICTURES"] if name.startswith("edit-")]
+    script["main"](names)
+    for name in names:
+        with Image.open(tmp_path / f"{name}.png") as drawn, Image.open(DOCS / "pictures" / f"{name}.png") as shown:
+            a, b = (np.asarray(image.convert("RGB"), int) for image in (drawn, shown))
+        assert a.shape == b.shape and np.abs(a - b).mean() < 2, name  # of 255: other processors round otherwise
 
 
 def test_the_pages_have_something_to_run():
@@ -417,18 +451,20 @@ def test_the_parameters_shown_are_those_written():
 
 
 def test_pictures_are_drawn_and_small(place, monkeypatch):
-    """docs/pictures.py draws what the pages show, beside the screens and what was trained; it is all under 600 kB."""
+    """docs/pictures.py draws what the pages show, beside the screens and what was trained; it is all small."""
     script = runpy.run_path(str(DOCS / "pictures.py"))
     there = sorted((DOCS / "pictures").iterdir())
     screens = {path.stem for path in there if path.stem.startswith("screen-")}
     trained = {f"lora-{path.stem}" for path in (ROOT / "configs" / "lora").glob("*.yaml")}
     assert {path.stem for path in there} - screens - trained == {*script["PICTURES"]}
     assert screens == {f"screen-{name}" for name in ("help", "run", "error", "preview", "gallery")}
-    assert sum(path.stat().st_size for path in there) < 600_000
+    edits = {name for name in script["PICTURES"] if name.startswith("edit-")}
+    assert sum(path.stat().st_size for path in there if path.stem not in edits) < 600_000
+    assert sum(path.stat().st_size for path in there if path.stem in edits) < 300_000
     for path in there:
         assert any(f"](pictures/{path.name})" in text for text in PAGES.values()), path.name
     script["main"].__globals__["HERE"] = place / "drawn"
-    script["main"]([name for name in script["PICTURES"] if name != "schedulers"])  # 525 steps are too many here
+    script["main"]([name for name in script["PICTURES"] if name not in {"schedulers", *edits}])  # too many steps here
     for path in (place / "drawn").iterdir():
         with Image.open(path) as image:
             assert image.mode == "P" and image.width > image.height

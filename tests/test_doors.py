@@ -37,10 +37,13 @@ SAMPLE: dict[str, Any] = {  # another value than the default for every field
     "nfe": 12, "schedule_type": "karras", "literal": True, "profile": "a1111", "noise_source": "gpu",
     "eta_noise_seed_delta": 31337, "original_height": 128, "original_width": 96, "crop_top": 4, "crop_left": 2,
     "aesthetic_score": 7.5, "negative_aesthetic_score": 1.5, "denoising_start": 0.25, "denoising_end": 0.75,
-    "refiner_start": 0.5,
+    "refiner_start": 0.5, "image": "photo.png", "strength": 0.5, "mask_image": "box:1,2,3,4", "mask_invert": True,
+    "mask_grow": 3, "mask_feather": 2, "extend": "left=8", "fill": "mirror", "fit": "crop", "resample": 3,
+    "resample_jump": 2, "image_guidance_scale": 1.25, "convert_image": True,
 }  # fmt: skip
-ONE_OF: list[dict[str, Any]] = [  # what each says how many steps there are, in place of SAMPLE's nfe
-    {"nfe": 12}, {"timesteps": (999.0, 3.5)}, {"sigmas": (9.0, 2.0)}, {"timestep_respacing": "10,15"},
+ONE_OF: list[dict[str, Any]] = [  # what each says how many steps there are, in place of SAMPLE's nfe; and what else
+    {"nfe": 12, "noise": "n.safetensors"}, {"timesteps": (999.0, 3.5), "source_prompt": "a taco"},
+    {"sigmas": (9.0, 2.0), "seamless": "xy"}, {"timestep_respacing": "10,15", "padding_mask_crop": 8},
 ]  # fmt: skip
 
 
@@ -313,7 +316,8 @@ def test_json_is_all_there_is_on_stdout(draw):
     done = draw("an owl", "a pizza", *words)
     rows = [json.loads(line) for line in done.out.splitlines()]
     assert told(rows, "path", "index", "gif") == [("0.png", 0, "0.gif"), ("1.png", 1, "1.gif")]
-    assert all(row.keys() == {"path", "index", "seconds", "flagged", "gif", "request", "components"} for row in rows)
+    keys = {"path", "index", "seconds", "flagged", "gif", "request", "inputs", "components"}
+    assert all(row.keys() == keys for row in rows)
     for row in rows:
         recipe = json.loads(texts_in(row["path"])["ldm"])
         assert (row["request"], row["components"]) == (recipe["request"], recipe["components"])

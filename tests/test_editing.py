@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 from torch import Tensor
 
 from ldm.editing import INVERSION_STEPS, length
 from ldm.errors import UsageError
-from ldm.images import to_tensor
+from ldm.images import save, to_tensor
+from ldm.noise_files import write_noise
 from ldm.pipeline import Pipeline
 from ldm.request import Request
 from ldm.sources import model_in_the_box
@@ -241,11 +242,12 @@ def test_resampling_walks_every_stretch_again(pipeline, picture, counted):
 # -- back to noise -----------------------------------------------------------------------------------------------------
 
 
-def test_inversion_and_drawing_give_the_round_trip_back(pipeline, picture):
-    """Issue 8, line 2: guidance 1, 50 steps, at least 35 dB."""
-    order = Request(WORDS, image=picture, source_prompt=WORDS, guidance_scale=1.0, seed=1)
+@pytest.mark.parametrize("steps", [12, pytest.param(None, marks=pytest.mark.slow)])
+def test_inversion_and_drawing_give_the_round_trip_back(pipeline, picture, steps):
+    """Issue 8, line 2: guidance 1, 50 steps (slow; passed on 2026-11-21), at least 35 dB; fewer do that too."""
+    order = Request(WORDS, image=picture, source_prompt=WORDS, guidance_scale=1.0, seed=1, num_inference_steps=steps)
     resolved = pipeline.resolve(order)
-    assert (resolved.num_inference_steps, resolved.scheduler) == (INVERSION_STEPS, "ddim")
+    assert (resolved.num_inference_steps, resolved.scheduler) == (steps or INVERSION_STEPS, "ddim")
     drawn = pipeline.pictures(list(pipeline.sample(order))[-1].latents, "pt") * 2 - 1
     error = float(((drawn - round_trip(pipeline, picture)) / 2).square().mean())
     assert -10 * np.log10(error) >= 35
@@ -256,7 +258,7 @@ def test_the_noise_of_an_inversion_begins_a_run_of_words_alone(pipeline, picture
     steps = list(pipeline.sample(order))
     noise = steps[9].latents
     assert abs(float(noise.std()) - 1) < 0.2
-    again = pipeline(WORDS, latents=noise, negative_prompt=WORDS, scheduler="ddim", num_inference_steps=10)
+    again = pipeline(WORDS, latents=noise, guidance_scale=1.0, scheduler="ddim", num_inference_steps=10)
     assert torch.equal(again.latents, steps[-1].latents)
 
 
@@ -278,6 +280,30 @@ def test_variations_of_a_picture_are_as_far_from_it_as_they_are_asked_to_be(pipe
     assert away == sorted(away) and away[0] < 2e-3
 
 
+def test_noise_of_a_file_brings_its_size(pipeline, tmp_path):
+    noise = torch.randn(1, 4, 8, 24, generator=torch.Generator().manual_seed(0))
+    write_noise(tmp_path / "n.safetensors", noise, {})
+    drawn = pipeline(WORDS, noise=str(tmp_path / "n.safetensors"), num_inference_steps=1, seed=9)
+    assert drawn.images[0].size == (96, 32) and (drawn.request.height, drawn.request.width) == (32, 96)
+    assert torch.equal(
+        drawn.latents, pipeline(WORDS, latents=noise, width=96, height=32, num_inference_steps=1).latents
+    )
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
+def test_the_colour_profile_comes_along(pipeline, picture, tmp_path, suffix):
+    """The bytes of a picture mean its colours only with it; a gray picture's says nothing of RGB."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    picture.save(tmp_path / "a.png", icc_profile=profile)
+    drawn = only(pipeline, image=str(tmp_path / "a.png"), mask_image=BOX, num_inference_steps=1)
+    save(drawn, tmp_path / f"b{suffix}")
+    with Image.open(tmp_path / f"b{suffix}") as kept:
+        assert kept.info["icc_profile"] == profile
+    picture.convert("L").save(tmp_path / "g.png", icc_profile=profile)
+    gray = only(pipeline, image=str(tmp_path / "g.png"), mask_image=BOX, num_inference_steps=1)
+    assert "icc_profile" not in gray.info
+
+
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 REFUSED = {
@@ -293,6 +319,10 @@ REFUSED = {
     "CMYK": ({"image": Image.new("CMYK", (64, 64))}, "is in CMYK, not in gray or RGB; add --convert-image"),
     "fill of nothing": ({"image": ..., "fill": "gray"}, "fill was given without mask_image or extend"),
     "another scheduler": ({"image": ..., "source_prompt": WORDS, "scheduler": "unipc"}, "go back by ddim or euler"),
+    "several of one noise": (
+        {"image": ..., "source_prompt": WORDS, "num_images_per_prompt": 4},
+        "the noise of one picture draws one; ask for 1",
+    ),
     "image guidance": ({"image": ..., "image_guidance_scale": 1.5}, "it is for models that edit by instructions"),
     "seamless": ({"seamless": "x", "width": 60}, "take a width of 48 or 64"),
     "seamless word": ({"seamless": "z"}, "unknown seamless 'z'"),

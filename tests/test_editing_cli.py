@@ -14,6 +14,7 @@ import torch
 from helpers import Done, files, pixels, refused, texts_in
 from PIL import Image
 from rich.progress import Progress
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.main import get_command
 
@@ -282,6 +283,9 @@ def test_invert_writes_the_noise_of_a_picture(draw, run, model, given: Path, tmp
     assert done.code == 0, done.err
     told = json.loads(done.out)
     assert (told["path"], told["prompt"], told["steps"], told["scheduler"]) == ("n.safetensors", "an owl", 4, "ddim")
+    with safe_open("n.safetensors", framework="pt") as file:
+        said = json.loads(file.metadata()["ldm"])
+    assert said == {name: told[name] for name in ("prompt", "steps", "scheduler", "model", "inputs")}
     noise = load_file("n.safetensors")["latents"]
     assert noise.shape == (1, 4, 8, 8) and torch.isfinite(noise).all()
     words = ("an owl", "--noise", "n.safetensors", "--scheduler", "ddim", "--guidance", "1", "--steps", "4")

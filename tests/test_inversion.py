@@ -174,9 +174,10 @@ PICKLED = {
 }  # fmt: skip
 
 
+@pytest.mark.usefixtures("pickles_here")
 @pytest.mark.parametrize("name", PICKLED)
 def test_pickled_files(name, parts, tmp_path):
-    """Refused with the way to open them; opened by it, in a process of their own."""
+    """Refused with the way to open them; opened by it."""
     torch.save(PICKLED[name], tmp_path / name)
     with pytest.raises(ModelError, match=re.escape(name)):
         read_embedding(tmp_path / name)

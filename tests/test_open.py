@@ -48,7 +48,7 @@ def narrow(monkeypatch) -> None:
 DRAW = ["an owl", "--seed", "7", "--steps", "2", "--size", "16", "--scheduler", "ddim"]
 
 
-def test_a_single_file_is_a_model(run, narrow, sd1):
+def test_a_single_file_is_a_model(run, narrow, sd1, pickles_here):
     """--model takes it; converted to a folder it draws the same picture; a pickle of it only when that is allowed."""
     assert run("generate", *DRAW, "--model", sd1, "-o", "a.png").code == 0
     assert run("convert", sd1, "folder").code == 0

@@ -726,7 +726,7 @@ def killed_run(folder: Path, steps: int, rng: random.Random) -> tuple[list[tuple
     return [(one[0], one[1:]) for one in told if one], status
 
 
-@pytest.mark.parametrize("kills", [10, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [4, pytest.param(100, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(tmp_path: Path, kills: int) -> None:
     """Never without a sound state; network, average and state are those of an unbroken run at every step that any of
     them makes. Last (slow): 100 of 100, 17 of them while a state was being written.

@@ -60,7 +60,7 @@ def told(model: Path, pictures: Path, tmp_path: Path) -> dict[str, Any]:
         "data": str(pictures), "model": str(model), "output_dir": str(tmp_path / "out"), "max_train_steps": 6,
         "train_batch_size": 2, "rank": 2, "resolution": 16, "bucket_step": 8, "min_side": 8, "validation_steps": 100,
         "validation_prompt": ("an owl",), "checkpointing_steps": 100, "logging_steps": 1, "device": "cpu",
-        "lr_scheduler": "constant",
+        "lr_scheduler": "constant", "num_held_out": 1,
         "learning_rate": 0.01,
     }  # fmt: skip
 

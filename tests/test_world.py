@@ -151,7 +151,7 @@ def both(base: Path, world: int) -> Callable[[dict[str, Any]], None]:
 
 
 def shared(base: Path) -> Callable[[dict[str, Any]], None]:
-    """Two processes with whole networks, then with shared ones; then one of them is told to stop."""
+    """Two processes with whole networks, then with shared ones."""
 
     def sharded(networks: Any, device: torch.device) -> None:
         networks = list(networks)
@@ -166,6 +166,14 @@ def shared(base: Path) -> Callable[[dict[str, Any]], None]:
     def work(told: dict[str, Any]) -> None:
         for out, fsdp in (("whole", False), ("sharded", True)):
             train_lora(**options(base, out, **SGD | HARD, fsdp=fsdp))
+
+    return work
+
+
+def one_told(base: Path) -> Callable[[dict[str, Any]], None]:
+    """Two processes, of which one is told to stop."""
+
+    def work(told: dict[str, Any]) -> None:
         if os.environ["RANK"] == "1":
             stop_at(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
         train_lora(**options(base, "stopped", **SGD, checkpointing_steps=2))
@@ -204,19 +212,35 @@ def all_told(base: Path) -> Callable[[dict[str, Any]], None]:
     return work
 
 
-def run_worlds(folder: str) -> None:
-    """Runs in a process of its own; prints how each of those that it forks ended, and which states it left."""
-    base, ends = Path(folder), dict[str, list[int]]()
+def begun(folder: str) -> Path:
+    """What begins a process that forks others."""
     torch.set_num_threads(1)
     ldm.training.record.plot = lambda log, path: None  # half the time, otherwise
+    return Path(folder)
+
+
+def run_worlds(folder: str) -> None:
+    """Runs in a process of its own; prints how each of those that it forks ended, and which states it left."""
+    base, ends = begun(folder), dict[str, list[int]]()
     train_lora(**options(base, "unbroken", **SHORT))  # first: what it imports late, all others have
     ends["one"] = [end_of(forked(base / "one-0.json", both(base, 1)))]
     for name, work in {"two": both(base, 2), "shared": shared(base)}.items():
         ends[name] = [end_of(child) for child in pair(base, name, work)]
     told = forked(base / "told-0.json", all_told(base))
     ends["all-told"] = [end_of(told)]
-    left = {name: [path.name for path in states(base / name)] for name in ("stopped", "all-told")}
+    left = [path.name for path in states(base / "all-told")]
     train_lora(**options(base, "all-told", **SHORT))
+    print(json.dumps({"ends": ends, "left": left}))
+
+
+def run_stopped(folder: str) -> None:
+    """Runs in a process of its own; prints how two that it forks ended, which states they left, and the refusal of one
+    that is to go on with other numbers; then one goes on.
+    """
+    base = begun(folder)
+    train_lora(**options(base, "before", **SHORT))  # what it imports late, all others have
+    ends = [end_of(child) for child in pair(base, "stopped", one_told(base))]
+    left = [path.name for path in states(base / "stopped")]
     refused = ""
     try:
         train_lora(**options(base, "stopped", **SGD))
@@ -226,10 +250,9 @@ def run_worlds(folder: str) -> None:
     print(json.dumps({"ends": ends, "left": left, "refused": refused}))
 
 
-@pytest.fixture(scope="module")
-def worlds(base: Path) -> dict[str, Any]:
-    """How the processes ended, and what each told."""
-    code = "import sys, test_world; test_world.run_worlds(sys.argv[1])"
+def told_by(work: str, base: Path) -> dict[str, Any]:
+    """What a function of this file prints in a process of its own, and what those told that it forked."""
+    code = f"import sys, test_world; test_world.{work}(sys.argv[1])"
     where = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests"))), "OMP_NUM_THREADS": "1"}
     where["CUDA_VISIBLE_DEVICES"] = ""  # autograd has threads for each, which no fork survives
     command = [sys.executable, "-W", "ignore", "-c", code, str(base)]
@@ -238,6 +261,11 @@ def worlds(base: Path) -> dict[str, Any]:
     assert done.returncode == 0, (done.stderr, reports)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found | reports
+
+
+@pytest.fixture(scope="module")
+def worlds(base: Path) -> dict[str, Any]:
+    return told_by("run_worlds", base)
 
 
 def differ(one: Path, other: Path) -> float:
@@ -281,15 +309,17 @@ def test_the_main_process_alone_prepares_and_writes(base: Path, worlds: dict[str
 @pytest.mark.slow  # 25 s; last run 2026-11-21, passed
 def test_a_run_goes_on_with_another_number_of_processes(base: Path, worlds: dict[str, Any]) -> None:
     """Of one that SIGTERM to the second process had ended."""
-    assert worlds["ends"]["shared"] == [-signal.SIGTERM, -signal.SIGTERM], worlds
-    assert worlds["left"]["stopped"] == ["state-2", "state-3"]
+    stopped = told_by("run_stopped", base)
+    assert stopped["ends"] == [-signal.SIGTERM, -signal.SIGTERM], stopped
+    assert stopped["left"] == ["state-2", "state-3"]
     said = r"batches_per_step 2, .* have 1 \(.*: 1 x 1\); go on with 2 of the latter, or give .* folder"
-    assert re.fullmatch(rf"[^\n]*{said}", worlds["refused"])
+    assert re.fullmatch(rf"[^\n]*{said}", stopped["refused"])
     assert differ(adapter(base, "stopped"), adapter(base, "sgd-1")) <= 1e-5
     assert newest(base / "stopped") == base / "stopped" / "state-10"
 
 
 def test_shared_networks_train_the_same(base: Path, worlds: dict[str, Any]) -> None:
+    assert worlds["ends"]["shared"] == [0, 0], worlds
     assert differ(adapter(base, "whole"), adapter(base, "sharded")) <= 1e-5
     logs = [rows_of(base / out / "log.jsonl") for out in ("whole", "sharded")]
     for name in ("loss", "grad_norm"):
@@ -305,7 +335,7 @@ def test_shared_networks_train_the_same(base: Path, worlds: dict[str, Any]) -> N
 
 def test_what_all_processes_are_told_ends_the_run_after_its_step(base: Path, worlds: dict[str, Any]) -> None:
     """Its workers wait for its own word; then none is left, and it goes on bit for bit."""
-    assert worlds["ends"]["all-told"] == [-signal.SIGTERM] and worlds["left"]["all-told"] == ["state-2", "state-3"]
+    assert worlds["ends"]["all-told"] == [-signal.SIGTERM] and worlds["left"] == ["state-2", "state-3"]
     workers = json.loads((base / "workers.json").read_text())
     assert len(workers) == 2 and all(map(gone, workers))
     assert differ(adapter(base, "all-told"), adapter(base, "unbroken")) == 0

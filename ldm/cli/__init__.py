@@ -60,13 +60,13 @@ app.command(
 app.command(
     epilog=examples(
         'ldm edit photo.png "an owl in the snow" --source "an owl"',
-        'ldm edit out/an-owl-7.png "a red owl" -n 4 -o owls/',
+        'ldm edit out/an-owl-7.png "a red owl" --guidance 2 -o red-owl.png',
     )
 )(edit)
 app.command(
     epilog=examples(
         'ldm invert photo.png "an owl"',
-        'ldm invert photo.png "an owl" -o owl.safetensors --steps 100 --json',
+        'ldm invert photo.png "an owl" -o owl.safetensors --steps 20 --json',
     )
 )(invert)
 app.command(

@@ -79,7 +79,7 @@ def draw(
     from rich.text import Text
 
     from ldm.decoding import decoder_in
-    from ldm.editing import length
+    from ldm.editing import length, pictures_of
     from ldm.images import to_pil
     from ldm.preview import chosen, fit_latent_to_rgb, half_blocks, preview_image
 
@@ -111,7 +111,7 @@ def draw(
             assert step is not None  # a request has at least one step
             finished, flags, notes = pipeline.finished(step.latents, call)
             tell(notes, said, quiet)
-            images = to_pil(finished)
+            images = pictures_of(call, finished)
             seconds, done = (time.perf_counter() - begun) / n, done + n
             for i, (image, single) in enumerate(zip(images, call.singles(), strict=True)):
                 yield Drawn(single, image, seconds, tuple(frame[i] for frame in kept), bool(flags) and flags[i])

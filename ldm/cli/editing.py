@@ -111,7 +111,7 @@ def walked(pipeline: "Pipeline", order: Request, path: Path, quiet: bool) -> dic
     parts, steps, size = pipeline.components, order.num_inference_steps or 0, (order.height or 0, order.width or 0)
     said = {
         "prompt": order.source_prompt, "steps": steps, "scheduler": order.scheduler,
-        "model": digests(pipeline)["unet"], **inputs_of(order),
+        "model": digests(pipeline)["unet"], "inputs": inputs_of(order),
     }  # fmt: skip
     bar, step = progress_bar(quiet=quiet), None
     with bar:

@@ -100,7 +100,8 @@ def held(denoise: Denoiser, known: Tensor, freedom: Callable[[float], Tensor]) -
     both ends; [1 or B, 1, H, W] (see ldm.diffusion.strength.freed). Where it is 0 a solver that begins at known +
     sigma * noise keeps x - known a noise of its level and ends at `known`; so the network sees there, at each level,
     the known picture under noise, as if it had been put in place of x: RePaint's eq. 8a (Lugmayr et al. 2022,
-    arXiv:2201.09865), but with the solver's own noise instead of a fresh one.
+    arXiv:2201.09865), but with the solver's own noise instead of a fresh one. PLMS, which extrapolates what the network
+    says, does so only of one that predicts noise; with others it ends near `known`.
     """
 
     def hold(x: Tensor, sigma: float) -> Estimate:

@@ -1,7 +1,6 @@
 """How much of a picture a run draws anew: the levels of an image-to-image run, and one strength for each pixel."""
 
 import math
-from bisect import bisect_left
 from collections.abc import Callable
 
 import numpy as np
@@ -15,59 +14,25 @@ from ldm.errors import UsageError
 LEAST = 1e-6  # the strength that stands for 0, at which a run still has levels that fall
 
 
-def stronger(lay_out: Callable[[int], Levels], n: int, strength: float, schedule: Schedule) -> Levels:
-    """The levels of a run of n network steps over the last `strength`, in 0..1, of the way from noise to the picture.
+def stronger(levels: Levels, strength: float, schedule: Schedule) -> Levels:
+    """The levels of an image-to-image run: those of a run from noise, at `strength`, in 0..1, of their way up from its
+    end. They are as many, and fall.
 
-    Where n / strength is a whole number M they are the last n levels of the run of M steps that `lay_out` (as
-    Sampling.levels) lays out: 20 steps at strength 0.8 are what diffusers walks for 25 steps at 0.8. Between two such
-    strengths every level goes evenly, in the schedule's time, from the one run's to the other's: so there are n steps,
-    and levels that fall, at any strength, and they depend on it continuously. Below the strength of the longest run
-    that the schedule holds (of 1000 steps at most), the levels stand closer on that: at strengths towards 0 all of
-    them tend to its last. Strength 1 is lay_out(n) itself; any other run begins with image + sigmas[0] * noise.
-
-    n, where `lay_out` makes another number of steps of it, gives that number. UsageError: n does not fit the schedule.
+    The way is the schedule's time: t -> end + strength * (t - end), where the end of a run to a clean picture is at -1.
+    So every strength is another noise level to begin with, the same in all grids that begin at the same one; where a
+    layout's times stand evenly down to -1 ("trailing"), these are the last n levels of its run of n / strength steps,
+    as diffusers, A1111 and ComfyUI take them. At strengths towards 0 all levels tend to the end. Strength 1 is the run
+    itself; any other begins with image + sigmas[0] * noise.
     """
-    run, strength = lay_out(n), max(strength, LEAST)
-    count, total = len(run.timesteps), schedule.num_train_timesteps
-
-    def fits(steps: int) -> bool:
-        try:
-            longer = lay_out(min(steps, total))
-        except UsageError:
-            return False
-        # listed levels are the same for any number
-        return steps <= total and longer.sigmas != run.sigmas and _ends_still(longer) <= _ends_still(run)
-
-    wanted, near = round(n / strength, 9), 1.0
-    steps, more = math.floor(wanted), math.ceil(wanted)
-    if not (steps == n or fits(steps)) or not (more == n or fits(more)):
-        steps = more = n + bisect_left(range(n + 1, total + 1), True, key=lambda steps: not fits(steps))
-        near = steps * strength / n
-    runs = lay_out(steps), lay_out(more)
-    if steps == more and near == 1:
-        first = runs[0].sigmas[-count - 1]
-        return run if steps == n else Levels(runs[0].sigmas[-count - 1 :], runs[0].timesteps[-count:], first)
-    (times, told), (others, aside) = (_last(each, count, near, schedule) for each in runs)
-    share = more * (n - strength * steps) / n if more > steps else 0.0
-    times, told = times + share * (others - times), told + share * (aside - told)
-    sigmas = _level(times, schedule)
-    told = np.maximum(told + schedule.t(sigmas[:-1]), min(0.0, runs[0].timesteps[-1]))
+    if strength == 1:
+        return levels
+    strength, times = max(strength, LEAST), _time(np.array(levels.sigmas), schedule)
+    sigmas = _level(times[-1] + strength * (times - times[-1]), schedule)
+    if isinstance(schedule, NoiseSchedule):
+        told = np.maximum(times[-1] + strength * (np.array(levels.timesteps) - times[-1]), 0)
+    else:
+        told = schedule.t(sigmas[:-1])
     return Levels(tuple(sigmas.tolist()), tuple(told.tolist()), float(sigmas[0]))
-
-
-def _last(run: Levels, count: int, near: float, schedule: Schedule) -> tuple[Array, Array]:
-    """Of the last count + 1 places of a run, each `near` times as far from its end: their times, and by how much what
-    the network is told differs from the time of the level (some runs tell it whole numbers).
-    """
-    end = len(run.timesteps) - (near != 1 and _ends_still(run))
-    sigmas, places = np.array(run.sigmas[: end + 1]), end - near * np.arange(count, -1, -1)
-    aside = np.array(run.timesteps[:end]) - schedule.t(sigmas[:-1])
-    return np.interp(places, np.arange(end + 1), _time(sigmas, schedule)), np.interp(places[:-1], np.arange(end), aside)
-
-
-def _ends_still(run: Levels) -> bool:
-    """Whether its last step has no length but for rounding: of some that end at sigma_min."""
-    return run.sigmas[-1] > run.sigmas[-2] * (1 - 1e-9)
 
 
 def _clock(schedule: Schedule) -> tuple[Array, Array]:
