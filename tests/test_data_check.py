@@ -16,12 +16,12 @@ from helpers import Done
 from PIL import Image
 from test_pictures import packed, patches
 
-from ldm.data import pictures
 from ldm.data.check import HASH_BITS, KINDS, THUMB_LEVELS, Report, accepted, check, dhash, look
 from ldm.data.emoji import CorpusConfig, EmojiScenes
 from ldm.data.pictures import Picture, fingerprint
 from ldm.data.sources import find
 from ldm.errors import LdmError, UsageError
+from ldm.inputs import IMAGE_SUFFIXES
 
 SOUND = [f"sound-{i}.png" for i in range(6)]
 
@@ -104,7 +104,7 @@ def copied(name: str) -> Callable[[Path], None]:
 def text(name: str, data: bytes, caption: str | None = "a soft pattern") -> Callable[[Path], None]:
     def plant(folder: Path) -> None:
         (folder / name).write_bytes(data)
-        if Path(name).suffix in pictures.IMAGE_SUFFIXES:
+        if Path(name).suffix in IMAGE_SUFFIXES:
             captioned(folder / name, caption)
 
     return plant

@@ -147,7 +147,7 @@ def test_neighbours_of_one_picture_stay_together(given: Path) -> None:
 RUNS: dict[str, tuple[str, ...]] = {
     "img2img": ("--strength", "0.5"),
     "mask": ("--mask", "mask.png", "--resample", "2"),
-    "inversion": ("--source", "an owl", "--steps", "3"),
+    "inversion": ("--source", "an owl", "--steps", "3", "--variation-strength", "0.2"),
 }
 
 
@@ -389,7 +389,7 @@ BAD: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "resample": ([*M, BOX, "--resample", "0"], ("resample is 0",)),
     "no model for it": ([*P, "--image-guidance", "2"], ("image_guidance_scale", "instruct-pix2pix")),
     "another scheduler": ([*P, "--source", "b", "--scheduler", "dpm++2m"], ("dpm++2m", "ddim or euler")),
-    "noise of another size": (["--noise", "small.safetensors"], ("4, 4",)),
+    "noise of another size": (["--noise", "small.safetensors", "--size", "16"], ("4, 4",)),
 }
 
 

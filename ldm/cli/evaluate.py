@@ -127,8 +127,8 @@ def scenes_of(model: str | None, config: Path | None) -> "EmojiScenes":
 
 def with_glyph(said: str, config: "CorpusConfig") -> "EmojiScenes":
     """The corpus and one object more, from NAME=PICTURE. UsageError: it is not so written, or no picture is there."""
-    from ldm.data.pictures import decoded
     from ldm.evaluation.alignment import GlyphScenes
+    from ldm.inputs import decoded
 
     name, _, path = said.partition("=")
     if not name or not path:

@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ldm.data.pictures import SUFFIXES, DecodeError, Finding, Picture, decoded, is_deep, is_turned, to_rgb
+from ldm.data.pictures import Finding, Picture
 from ldm.data.sources import Found
 from ldm.errors import LdmError, choose
+from ldm.inputs import SUFFIXES, DecodeError, decoded, is_deep, is_turned, to_rgb
 
 Severity = Literal["defect", "note"]
 KINDS: dict[str, tuple[Severity, str]] = {  # a defect stops training, or leaves the picture out; a note is only told

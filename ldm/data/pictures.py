@@ -12,26 +12,8 @@ from typing import Literal, NamedTuple
 from PIL import Image
 
 from ldm.errors import LdmError
-from ldm.inputs import IMAGE_SUFFIXES, SUFFIXES, DecodeError, decoded, is_deep, is_turned, magic, to_rgb, turned
+from ldm.inputs import DecodeError, decoded, to_rgb, turned
 
-__all__ = [  # with what its neighbours take of `ldm.inputs` from here
-    "IMAGE_SUFFIXES",
-    "SUFFIXES",
-    "DecodeError",
-    "Digest",
-    "Finding",
-    "Mask",
-    "Picture",
-    "decoded",
-    "difference",
-    "fingerprint",
-    "is_deep",
-    "is_turned",
-    "magic",
-    "manifest",
-    "to_rgb",
-    "turned",
-]
 Mask = Literal["alpha"]
 
 

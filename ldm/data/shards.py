@@ -17,8 +17,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ldm.data.pictures import SUFFIXES, Finding, Picture, magic
+from ldm.data.pictures import Finding, Picture
 from ldm.errors import LdmError, UsageError
+from ldm.inputs import SUFFIXES, magic
 
 SAMPLE = re.compile(r"((?:.*/|)[^.]+)(\.[^/]*)")  # webdataset's base_plus_ext: the key, and the rest from its first dot
 META = re.compile(r"__[^/]*__($|/)")  # members that webdataset passes over

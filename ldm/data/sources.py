@@ -21,9 +21,10 @@ from pathlib import Path
 from stat import S_ISDIR, S_ISREG
 from typing import Any, NamedTuple
 
-from ldm.data.pictures import IMAGE_SUFFIXES, Finding, Picture
+from ldm.data.pictures import Finding, Picture
 from ldm.data.shards import Listed, expanded, listed_tars, split_member, unpacked_hub, unpacked_parquet
 from ldm.errors import LdmError, UsageError
+from ldm.inputs import IMAGE_SUFFIXES
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 CAPTIONS = (".txt", ".caption")  # the first that is there counts

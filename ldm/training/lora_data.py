@@ -20,10 +20,11 @@ from ldm.data.buckets import Bucketing, Buckets, Size, assign
 from ldm.data.captions import spoken
 from ldm.data.check import Report, accepted
 from ldm.data.order import dice, shuffled
-from ldm.data.pictures import Digest, Picture, manifest, turned
+from ldm.data.pictures import Digest, Picture, manifest
 from ldm.data.sources import Found, find, is_image, walked
 from ldm.errors import LdmError, UsageError
 from ldm.images import save
+from ldm.inputs import turned
 from ldm.pipeline import Pipeline
 from ldm.request import Request
 from ldm.training.lora_config import LoRAConfig
