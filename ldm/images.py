@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ldm.checkpoints.safe import atomic_bytes
 from ldm.errors import LdmError, ModelError, NumericalError, UsageError, choose
+from ldm.inputs import opaque
 
 FORMATS: dict[str, tuple[str, dict[str, Any]]] = {  # suffix -> Pillow's format and its options
     ".png": ("PNG", {}),
@@ -65,17 +66,8 @@ def to_tensor(images: Sequence[Image.Image]) -> Tensor:
     sizes = sorted({image.size for image in images})
     if len(sizes) != 1:
         raise UsageError(f"images of sizes {sizes}; a batch is of one size and not empty; resize them")
-    arrays = [np.asarray(_opaque(image), dtype=np.float32) / 255.0 for image in images]
+    arrays = [np.asarray(opaque(image), dtype=np.float32) / 255.0 for image in images]
     return 2.0 * torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous() - 1.0
-
-
-def _opaque(image: Image.Image) -> Image.Image:
-    """In RGB, on white where it is transparent."""
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    rgba = image.convert("RGBA")
-    base = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(base, rgba).convert("RGB")
 
 
 def grid(
@@ -103,7 +95,7 @@ def grid(
     draw = ImageDraw.Draw(sheet)
     for i, image in enumerate(images):
         x, y = padding + i % columns * step_x, padding + i // columns * step_y
-        sheet.paste(_opaque(image), (x + (width - image.width) // 2, y + (height - image.height) // 2))
+        sheet.paste(opaque(image), (x + (width - image.width) // 2, y + (height - image.height) // 2))
         for row, text in enumerate(texts[i].split("\n") if texts else []):
             draw.text((x, y + height + row * line), text, fill="black", font=font)
     return sheet
@@ -173,7 +165,7 @@ def save(image: Image.Image, path: str | Path, text: Mapping[str, str] | None = 
         if kind == "JPEG" and len(exif) > LARGEST_EXIF:
             fault = f"the text takes {len(exif):,} bytes and a JPEG file holds {LARGEST_EXIF:,}"
             raise LdmError(f"{path} cannot be written: {fault}; save as .png, or shorten the prompt")
-        _opaque(image).save(data, kind, exif=exif, **options)
+        opaque(image).save(data, kind, exif=exif, **options)
     atomic_bytes(path, data.getvalue())
 
 

@@ -225,6 +225,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
     image = turned(image)
     if image.mode[0] == "I":
         image = Image.fromarray(np.rint(_levels(image) / 257).astype(np.uint8))
+    return opaque(image)
+
+
+def opaque(image: Image.Image) -> Image.Image:
+    """In RGB, on white where it is transparent."""
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)

@@ -27,6 +27,9 @@ from ldm.checkpoints.components import Components
 from ldm.checkpoints.folder import open_folder
 from ldm.checkpoints.single_file import MODELS, open_single_file
 from ldm.cli import main
+from ldm.errors import LdmError
+from ldm.pipeline import Pipeline
+from ldm.request import Request
 from ldm.text.tokenizer import CLIPTokenizer
 
 
@@ -201,6 +204,21 @@ def quick(monkeypatch, opened) -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[Request]:
+    """The requests that reach a model; each is then refused ("enough")."""
+    requests: list[Request] = []
+
+    class Recorder:
+        @staticmethod
+        def resolve(request: Request) -> None:
+            requests.append(request)
+            raise LdmError("enough")
+
+    monkeypatch.setattr(Pipeline, "from_pretrained", lambda *_, **__: Recorder)
+    return requests
 
 
 @pytest.fixture

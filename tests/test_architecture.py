@@ -39,7 +39,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
      "text.tokenizer text.weighting text.schedules", "text.encoder", "text.transformers_text", "safety",
      "checkpoints.components", "text.*", "text", "checkpoints checkpoints.*",
      "adapters.names", "adapters.writing", "adapters.reading", "adapters.matching adapters.tools", "adapters",
-     "lora", "merging", "images", "inputs", "masks", "canvas"),
+     "lora", "merging", "inputs", "images", "masks", "canvas"),
     (
         "request",
         "names prompts grid",

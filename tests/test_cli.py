@@ -26,7 +26,7 @@ import ldm.training.loop
 from ldm.cli import app
 from ldm.cli.options import NOT_HERE
 from ldm.cli.places import paths_of
-from ldm.errors import LdmError, UsageError
+from ldm.errors import UsageError
 from ldm.pipeline import Pipeline
 from ldm.request import LARGEST_SEED, Request
 from ldm.schedulers import SCHEDULERS
@@ -76,17 +76,8 @@ ORDERS: dict[str, tuple[list[str], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", ORDERS)
-def test_what_is_typed_is_the_request(run, monkeypatch, name):
+def test_what_is_typed_is_the_request(run, asked, name):
     """Every flag reaches its field, in its type, and what is not typed keeps its default."""
-    asked = []
-
-    class Recorder:
-        @staticmethod
-        def resolve(request: Request) -> None:
-            asked.append(request)
-            raise LdmError("enough")
-
-    monkeypatch.setattr(Pipeline, "from_pretrained", lambda *_, **__: Recorder)
     words, wanted = ORDERS[name]
     refused(run("generate", *words), 1, "enough")
     assert asked == [Request(**wanted)]

@@ -21,7 +21,6 @@ from typer.main import get_command
 from ldm.canvas import FILLS, FITS
 from ldm.cli import app, drawing
 from ldm.cli.options import NAMED, completing
-from ldm.errors import LdmError
 from ldm.pipeline import Pipeline
 from ldm.request import SEAMLESS, Request
 
@@ -64,17 +63,8 @@ def given(run, tmp_path: Path) -> Path:
 # -- options ----------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_typed_is_the_request(run, monkeypatch, tmp_path: Path) -> None:
+def test_what_is_typed_is_the_request(run, asked, monkeypatch, tmp_path: Path) -> None:
     """Every option of editing reaches its field; a ~ that no shell wrote out is written out."""
-    asked = []
-
-    class Recorder:
-        @staticmethod
-        def resolve(request: Request) -> None:
-            asked.append(request)
-            raise LdmError("enough")
-
-    monkeypatch.setattr(Pipeline, "from_pretrained", lambda *_, **__: Recorder)
     monkeypatch.setenv("HOME", str(tmp_path))
     words = [
         "a", "--image=~/photo.png", "--mask", "box:1,2,3,4+alpha", "--mask-invert", "--mask-grow", "-3",

@@ -4,7 +4,6 @@ picture (--image, --mask, --extend) is `ldm generate`'s own.
 
 import inspect
 import json
-import math
 import os
 import shlex
 from pathlib import Path
@@ -21,8 +20,6 @@ from ldm.errors import LdmError, choose
 from ldm.request import Request
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ldm.pipeline import Pipeline
 
 PROMPT = "what it shows; absent = the prompt of the recipe in it, if it carries one"
@@ -102,8 +99,9 @@ def invert(
 
 
 def walked(pipeline: "Pipeline", order: Request, path: Path, quiet: bool) -> dict[str, Any]:
-    """Write the noise of a resolved request, go on to draw with it, and compare (see `psnr`)."""
+    """Write the noise of a resolved request, go on to draw with it, and compare: PSNR in dB."""
     from ldm.editing import canvas, ground_of, length
+    from ldm.evaluation.reconstruction import psnr
     from ldm.images import to_tensor
     from ldm.noise_files import write_noise
     from ldm.recipe import digests, inputs_of
@@ -126,13 +124,8 @@ def walked(pipeline: "Pipeline", order: Request, path: Path, quiet: bool) -> dic
     assert step is not None and ground is not None  # there is a picture
     drawn, round_trip = pipeline.decode(step.latents, size), pipeline.decode(ground.image.mean, size)
     given = to_tensor([canvas(parts, order).seen])
-    return {**said, "psnr_round_trip": psnr(drawn, round_trip), "psnr": psnr(drawn, given)}
-
-
-def psnr(a: "Tensor", b: "Tensor") -> float | None:
-    """Peak signal-to-noise ratio of two images in [-1, 1] (clamped) in dB, to a hundredth; None if they are equal."""
-    apart = float((a.cpu().clamp(-1, 1) - b.cpu().clamp(-1, 1)).div(2).square().mean())
-    return round(-10 * math.log10(apart), 2) if apart else None
+    compared = {"psnr_round_trip": round_trip, "psnr": given}
+    return said | {name: round(float(psnr(drawn.cpu(), to.cpu())), 2) for name, to in compared.items()}
 
 
 invert.__signature__ = with_opening(invert)  # type: ignore[attr-defined]  # typer reads it

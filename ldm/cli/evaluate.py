@@ -1,8 +1,9 @@
 """`ldm eval`: judge a model."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -60,22 +61,13 @@ def alignment(
     """Judge whether pictures show what their prompts say, on held-out prompts of the corpus."""
     refuse_unwritable(output / "alignment.json")
     from ldm.cli.opening import Opening, opened
-    from ldm.evaluation.alignment import Report, evaluate
+    from ldm.evaluation.alignment import evaluate
 
     scenes = scenes_of(model, config)
     scenes = with_glyph(glyph, scenes.config) if glyph else scenes
     pipeline = opened(None, Opening(model=model, device=device, dtype=dtype, lora=lora))
     judged = evaluate(pipeline, scenes, n, seed, scheduler=scheduler, steps=steps, guidance=guidance)
-    with progress_bar() as bar:
-        task = bar.add_task("drawing and judging", total=n)
-        for item in judged:
-            if isinstance(item, Report):
-                report = item
-            else:
-                bar.advance(task)
-    report.save(output)
-    print(json.dumps(report.to_dict()) if as_json else report.table())
-    say(f"the table, the verdicts and the pictures are in {output}")
+    judge(judged, n, output, as_json)
 
 
 @app.command(epilog=examples("ldm eval inpainting", "ldm eval inpainting --model path/to/model-folder -n 20 --json"))
@@ -98,17 +90,21 @@ def inpainting(
     """Judge whether inpainting replaces an object by the one it is told, and keeps the rest to the byte."""
     refuse_unwritable(output / "inpainting.json")
     from ldm.cli.opening import Opening, opened
-    from ldm.evaluation.inpainting import Report, evaluate
+    from ldm.evaluation.inpainting import evaluate
 
     scenes = scenes_of(model, config)
     pipeline = opened(None, Opening(model=model, device=device, dtype=dtype))
+    judge(evaluate(pipeline, scenes, n, seed), n, output, as_json)
+
+
+def judge(items: Iterable[Any], n: int, output: Path, as_json: bool) -> None:
+    """Draw and judge n pictures behind a bar; keep the report, which comes last, and tell it."""
+    report = None
     with progress_bar() as bar:
-        task = bar.add_task("drawing and judging", total=n)
-        for item in evaluate(pipeline, scenes, n, seed):
-            if isinstance(item, Report):
-                report = item
-            else:
-                bar.advance(task)
+        task = bar.add_task("drawing and judging", total=n + 1)
+        for report in items:  # noqa: B007  # the last is wanted
+            bar.advance(task)
+    assert report is not None
     report.save(output)
     print(json.dumps(report.to_dict()) if as_json else report.table())
     say(f"the table, the verdicts and the pictures are in {output}")
