@@ -2,11 +2,13 @@
 #   PYTHON=python3.12   the Python (3.11 or newer) the environment is made with
 #   VENV=.venv          where the environment lies
 #   PROMPT="..."        what `make demo` draws, into OUT=out/demo.png
+#   RECIPE=cpu          what `make weights` trains: configs/cpu, configs/flagship (one accelerator) or configs/quick (a trial)
 #   JOBS=2              how many processes `make test` uses; PYTEST_ARGS="-k vae" is handed to pytest
 PYTHON ?= python3
 VENV ?= .venv
 PROMPT ?= a taco on a red background
 OUT ?= out/demo.png
+RECIPE ?= cpu
 JOBS ?= 2
 PYTEST_ARGS ?=
 
@@ -55,15 +57,17 @@ docs: $(VENV)/.docs ## build the documentation as a site into out/site, offline
 	@$(BIN)/zensical build --strict --clean
 	$(SAY) 'the site begins in out/site/index.html'
 
-weights: $(VENV)/.train ## train the model in the box again from nothing (hours; goes on where it was stopped)
-	$(SAY) 'first stage (1 of 4)'
-	@$(BIN)/ldm train first-stage --config configs/cpu/first_stage.yaml
-	$(SAY) 'text encoder (2 of 4)'
-	@$(BIN)/ldm train clip --config configs/cpu/clip.yaml
-	$(SAY) 'denoiser, scenes of all sizes (3 of 4)'
-	@$(BIN)/ldm train denoiser --config configs/cpu/denoiser.yaml
-	$(SAY) 'denoiser, scenes on a grid (4 of 4)'
-	@$(BIN)/ldm train denoiser --config configs/cpu/denoiser_2.yaml
+STAGES := first-stage clip denoiser tiny-decoder distill classifier
+
+weights: $(VENV)/.train ## train a model again from nothing, by RECIPE=cpu (hours; goes on where it was stopped)
+	$(if $(wildcard configs/$(RECIPE)/first_stage.yaml),,$(error there is no recipe configs/$(RECIPE); give RECIPE=cpu, flagship or quick))
+	@for stage in $(STAGES); do \
+	  config=configs/$(RECIPE)/$$(printf '%s' "$$stage" | tr - _).yaml; \
+	  if [ -f "$$config" ]; then \
+	    printf '==> %s, by %s\n' "$$stage" "$$config"; \
+	    $(BIN)/ldm train "$$stage" --config "$$config" || exit; \
+	  fi; \
+	done
 
 clean: ## remove the environment, caches, builds and demo pictures (training runs stay)
 	$(SAY) 'removing $(VENV), out/, dist/ and caches'

@@ -15,22 +15,36 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from ldm.data.emoji import BACKGROUNDS, RELATIONS, CorpusConfig, EmojiScenes, SceneSpec
-from ldm.evaluation.alignment import GlyphScenes, Judge
+from ldm.checkpoints.safe import read_json
+from ldm.data.emoji import CorpusConfig, EmojiScenes
+from ldm.data.glyphs import COLOURS
+from ldm.data.words import RELATIONS, SceneSpec
+from ldm.evaluation.judging import Judge
 from ldm.evaluation.matching import Array, shrunk
+from ldm.evaluation.prompts import GlyphScenes
 from ldm.images import save
+from ldm.sources import model_in_the_box
+from ldm.training.config import checked
 
 OBJECT, NAME = "anchor", "zorbik"
 KNOWN, WORD = "lion", "blorp"
-PLACED = CorpusConfig(spread=0.0, wander=0.0, grid=4)  # where the model draws objects, and as large
-VARIED = replace(PLACED, wander=0.25, pairs=0.8, counts=0.05, sized=0.1)
+PLACED: dict[str, Any] = {"wander": 0.0}  # objects in the middle of where they may stand
+VARIED: dict[str, Any] = {"pairs": 0.8, "ands": 0.0, "triples": 0.0, "counts": 0.05, "sized": 0.1}
 ALONE, BESIDE, IN_STYLE, OF_THE_CLASS = 5, 5, 20, 400
 PAPER = (246, 240, 224)
 Drawn = Iterator[tuple[np.ndarray, str]]
+
+
+def corpus(**changes: Any) -> CorpusConfig:
+    """What the model in the box was trained on, with some fields changed."""
+    path = model_in_the_box() / "vocabulary.json"
+    known = read_json(path).get("corpus", {}) if path.is_file() else {}
+    return replace(checked(known, CorpusConfig, str(path)), **changes)
 
 
 def glyph_of(name: str) -> Image.Image:
@@ -42,15 +56,15 @@ def distance(name: str) -> float:
     """How far an emoji is from every object of the corpus, from 0 (one of them) to 1, on the background on which it is
     nearest: the share of its squared contrast that no render of them explains, as the judge compares.
     """
-    judge, own = Judge(EmojiScenes()), EmojiScenes(CorpusConfig(objects=0, always=(name,)))
+    judge, own = Judge(EmojiScenes(corpus())), EmojiScenes(CorpusConfig(objects=0, always=(name,)))
     explained = []
-    for background, colour in BACKGROUNDS.items():
+    for background, colour in COLOURS.items():
         spec = SceneSpec((name,), background)
         picture: Array = own.draw(spec, random.Random(0)).image.transpose(2, 0, 1).astype(np.float32)
         behind: Array = np.array(colour, np.float32) / np.float32(255)
-        difference = shrunk(picture / np.float32(255)) - behind[:, None, None]
-        best = judge.templates(spec).ranking(difference, behind)[0]
-        explained.append(best.gain / float((difference**2).sum()))
+        difference = picture / np.float32(255) - behind[:, None, None]
+        found = judge.templates("").ranking(difference, behind, background)
+        explained += [best.gain / float((shrunk(difference) ** 2).sum()) for best in found]
     return 1 - max(explained)
 
 
@@ -68,10 +82,10 @@ def the_object(folder: Path) -> Drawn:
     """Ten pictures; beside them what the judge knows it by, and the class pictures."""
     glyph = glyph_of(OBJECT)
     save(glyph, folder / f"{NAME}.png")
-    known = EmojiScenes(VARIED, seed=1)
+    known = EmojiScenes(corpus(**VARIED), seed=1)
     write(folder / "class", ((s.image, s.caption) for s in map(known.scene, range(OF_THE_CLASS))))
     print(f"the {OBJECT} is {distance(OBJECT):.2f} from all objects known")
-    scenes, rng = GlyphScenes(NAME, glyph, PLACED), random.Random(0)
+    scenes, rng = GlyphScenes(NAME, glyph, corpus(**PLACED)), random.Random(0)
     for spec in of_the_glyph(scenes):
         scene = scenes.draw(spec, rng)
         yield scene.image, scene.caption
@@ -79,7 +93,7 @@ def the_object(folder: Path) -> Drawn:
 
 def the_style(folder: Path) -> Drawn:
     """Twenty scenes as instant photographs: in a frame of paper, which is wider below."""
-    known = EmojiScenes(VARIED, seed=2)
+    known = EmojiScenes(corpus(**VARIED), seed=2)
     for scene in map(known.scene, range(IN_STYLE)):
         picture = np.full_like(scene.image, PAPER)
         picture[4:-12, 4:-4] = scene.image[4:-12, 4:-4]
@@ -88,8 +102,8 @@ def the_style(folder: Path) -> Drawn:
 
 def the_word(folder: Path) -> Drawn:
     """The known object on every background, under another name."""
-    known, rng = EmojiScenes(PLACED), random.Random(0)
-    for background in BACKGROUNDS:
+    known, rng = EmojiScenes(corpus(**PLACED)), random.Random(0)
+    for background in COLOURS:
         scene = known.draw(SceneSpec((KNOWN,), background), rng)
         yield scene.image, scene.caption.replace(KNOWN, WORD)
 

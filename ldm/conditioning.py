@@ -43,9 +43,19 @@ class Script:
 
     def twice_negative(self, images: int) -> "Script":
         """With the negative block said once more before the others: of networks that are guided by a picture too."""
-        rows = [*range(images), *range(len(self.tokens))]
-        acts = tuple((until, said.select(rows)) for until, said in self.acts)
-        return replace(self, acts=acts, tokens=tuple(self.tokens[row] for row in rows))
+        return self._of([*range(images), *range(len(self.tokens))])
+
+    def positive(self, images: int) -> "Script":
+        """Without the negative block: of steps that are not guided."""
+        return replace(self._of(range(images, len(self.tokens))), guiding=False)
+
+    def _of(self, rows: Sequence[int]) -> "Script":
+        acts = {id(said): said.select(rows) for _, said in self.acts}
+        return replace(
+            self,
+            acts=tuple((until, acts[id(said)]) for until, said in self.acts),
+            tokens=tuple(self.tokens[row] for row in rows),
+        )
 
 
 def encoder_of(c: Components) -> AnyEncoder:

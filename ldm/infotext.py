@@ -32,11 +32,11 @@ SIZE = re.compile(r"(\d+)x(\d+)", re.ASCII)
 NETWORK = re.compile(r"<hypernet:[^<>]{1,200}>")
 ADAPTER = re.compile(r"<(?:lora|lyco):([^:<>]{1,200})[^<>]{0,1000}>")
 CARRIED = {  # A1111's number -> field; of the others ORDER tells which are understood
-    "Steps": "num_inference_steps", "CFG scale": "guidance_scale", "Seed": "seed", "Size-1": "width",
-    "Size-2": "height", "Clip skip": "clip_skip", "Variation seed": "variation_seed",
-    "Variation seed strength": "variation_strength", "Eta": "eta", "Eta DDIM": "eta", "ENSD": "eta_noise_seed_delta",
+    "Steps": "num_inference_steps", "CFG scale": "guidance_scale", "Seed": "seed", "Size-1": "width", "Eta": "eta",
+    "Size-2": "height", "Clip skip": "clip_skip", "Variation seed": "variation_seed", "ENSD": "eta_noise_seed_delta",
+    "Variation seed strength": "variation_strength", "Eta DDIM": "eta", "Skip Early CFG": "guidance_start",
 }  # fmt: skip
-FLOATS = ("guidance_scale", "variation_strength", "eta")
+FLOATS = ("guidance_scale", "guidance_start", "variation_strength", "eta")
 MOST_NODES = 64  # of a graph that are gone through to find one thing
 MOST_INPUTS = 200  # of a node; one with more is none of a person's
 MOST_NAMED = 8  # keys or nodes that a note names
@@ -56,6 +56,7 @@ def write(fields: Mapping[str, Any], extra: Mapping[str, str]) -> str:
     prompt, negative = fields.get("prompt") or "", fields.get("negative_prompt") or ""
     plain = (fields.get("literal") or profile == "diffusers") and BRACKETS.search(prompt + negative)
     level = None if skipped is None else skipped + (profile == "diffusers")  # A1111 counts the last layer as 1
+    late = int((fields.get("guidance_start") or 0) * (fields.get("num_inference_steps") or 0))  # guidance, in steps
     pairs = {
         "Steps": fields.get("num_inference_steps"),
         "Sampler": sampler.a1111,
@@ -69,6 +70,7 @@ def write(fields: Mapping[str, Any], extra: Mapping[str, str]) -> str:
         "Variation seed strength": varied or None,
         "Denoising strength": None if fields.get("image") is None else fields.get("strength"),
         "Clip skip": level if level and level > 1 else None,
+        "Skip Early CFG": (late - 0.5) / fields["num_inference_steps"] if late else None,
         "ENSD": fields.get("eta_noise_seed_delta") or None,
         "RNG": RNG.get(fields.get("noise_source") or ""),
         "Inpaint area": None if padding is None else "Only masked",
@@ -145,6 +147,8 @@ def request_fields(text: str) -> tuple[dict[str, Any], list[str]]:
                 notes.append(f"{key} is {brief(found[key])}, which is no number; it was left out")
     if profile == "diffusers" and fields.get("clip_skip") is not None:
         fields["clip_skip"] -= 1
+    if 0 < (early := fields.get("guidance_start") or 0) <= 1 and (steps := fields.get("num_inference_steps")):
+        fields["guidance_start"] = (int(early * steps + 1e-6) + 1.5) / steps  # A1111 skips each step k / steps <= it
     if not fields.get("variation_strength"):
         fields = {name: value for name, value in fields.items() if not name.startswith("variation_")}
     if len(found) > 2:

@@ -77,11 +77,14 @@ def _said(order: Request) -> dict[str, Strength]:
 
 
 def rows(c: Components, order: Request) -> tuple[dict[str, Any], ...]:
-    """What a recipe says of the adapters of a run: those with any strength."""
+    """What a recipe says of the adapters of a run: those with any strength. That of a fast mode is marked: the model is
+    opened in it again.
+    """
     said = _said(order)
     strengths = {name: (one.adapter, said.get(name, one.strength)) for name, one in c.weights.loaded.items()}
     return tuple(
         {"type": "lora", "name": name, "sha256": adapter.sha256, "strength": str(strength)}
+        | ({"fast": True} if name == c.fast else {})
         for name, (adapter, strength) in strengths.items()
         if strength != OFF
     )

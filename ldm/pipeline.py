@@ -88,6 +88,7 @@ class Pipeline:
         refiner: str | Path | None = None,
         allow_pickle: bool = False,
         safety_checker: bool = True,
+        fast: bool = False,
     ) -> "Pipeline":
         """Open a model folder (diffusers layout), a checkpoint in one file, or the hub's model of this name; no path
         opens the model in the box.
@@ -97,15 +98,16 @@ class Pipeline:
         hub's model, a branch, tag or commit. local_files_only: what was fetched before, without a network (as
         HF_HUB_OFFLINE=1). vae: another autoencoder, a file or folder, also a TAESD. refiner: SDXL's second model, which
         ends every run. allow_pickle: take `*.bin` where there are no safetensors; they are read by a child process
-        that runs nothing of them. safety_checker: open the model's own, if it has one. ModelError: missing, incomplete,
-        damaged or of another kind. UsageError: an unknown dtype or device, CUDA asked and absent.
+        that runs nothing of them. safety_checker: open the model's own, if it has one. fast: in the fast mode that its
+        folder has (ldm.fast). ModelError: missing, incomplete, damaged or of another kind. UsageError: an unknown dtype
+        or device, CUDA asked and absent, no fast mode.
         """
         where = resolve_device(device)
         opened = partial(
             open_model, dtype=resolve_dtype(dtype, where), device=where, variant=variant, revision=revision, vae=vae,
             local_files_only=local_files_only, allow_pickle=allow_pickle, safety_checker=safety_checker,
         )  # fmt: skip
-        return cls(opened(path), cls(opened(refiner)) if refiner else None)
+        return cls(opened(path, fast=fast), cls(opened(refiner)) if refiner else None)
 
     @classmethod
     def from_single_file(
@@ -127,11 +129,9 @@ class Pipeline:
         """
         where = resolve_device(device)
         kind = resolve_dtype(dtype, where)
-        return cls(
-            open_single_file(
-                path, kind, where, prediction_type=prediction_type, ema=ema, allow_pickle=allow_pickle, vae=vae
-            )
-        )
+        return cls(open_single_file(
+            path, kind, where, prediction_type=prediction_type, ema=ema, allow_pickle=allow_pickle, vae=vae
+        ))  # fmt: skip
 
     def load_textual_inversion(self, path: str | Path, token: str | None = None, *, allow_pickle: bool = False) -> str:
         """Teach the model a learned word (Gal et al. 2022) from the file of diffusers, A1111 or kohya; returns it.

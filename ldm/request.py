@@ -19,7 +19,7 @@ OUTPUT_TYPES = ("pil", "pt", "np", "latent")
 PROFILES = ("diffusers", "a1111")
 NOISE_SOURCES = ("cpu", "gpu")
 
-
+SPANS = {"the run": ("denoising_start", "denoising_end"), "guidance": ("guidance_start", "guidance_stop")}
 BESIDE = {  # fields -> those of which one must be there for them to mean anything
     ("strength", "mask_image", "extend", "fit", "source_prompt", "image_guidance_scale"): ("image",),
     ("mask_invert", "mask_grow", "mask_feather", "padding_mask_crop", "fill", "resample"): ("mask_image", "extend"),
@@ -73,6 +73,10 @@ class Request:
         None, "how strongly to follow the prompt; 1 = not at all beyond the model's own inclination", "guidance"
     )
     guidance_rescale: float = _option(0.0, "0..1: take back the contrast that guidance adds (Lin et al. 2023)")
+    guidance_start: float = _option(
+        0.0, "0..1: share of the steps before guidance begins; they ask the prompt alone, which is half the work"
+    )
+    guidance_stop: float = _option(1.0, "0..1: share of the steps after which guidance ends; the others do likewise")
     height: int | None = _option(None, "pixels")
     width: int | None = _option(None, "pixels")
     scheduler: str | None = _option(
@@ -181,13 +185,13 @@ class Request:
             self._whole(name, 0, LARGEST_SIDE)
         for name in ("aesthetic_score", "negative_aesthetic_score"):
             self._number(name, 0, 10)
-        for name in ("denoising_start", "denoising_end", "refiner_start"):
-            self._number(name, 0, 1)
-        if self.denoising_start >= self.denoising_end:
-            raise UsageError(
-                f"denoising_start is {self.denoising_start} and denoising_end {self.denoising_end}; the run ends after "
-                "it starts"
-            )
+        self._number("refiner_start", 0, 1)
+        for what, names in SPANS.items():
+            for name in names:
+                self._number(name, 0, 1)
+            start, end = (getattr(self, name) for name in names)
+            if start >= end:
+                raise UsageError(f"{names[0]} is {start} and {names[1]} {end}; {what} ends after it starts")
         self._editing()
         choose("output_type", str(self.output_type), OUTPUT_TYPES)
         for name in SEEDS:

@@ -7,7 +7,8 @@ import torch
 
 from ldm.checkpoints.components import Components, check_fit
 from ldm.checkpoints.folder import open_folder
-from ldm.errors import ModelError
+from ldm.errors import ModelError, UsageError
+from ldm.fast import quickened
 from ldm.models.vae import AutoencoderKL
 
 THE_BOX = "the model in the box"
@@ -35,28 +36,34 @@ def open_model(
     vae: str | Path | None = None,
     allow_pickle: bool = False,
     safety_checker: bool = True,
+    fast: bool = False,
 ) -> Components:
     """The model of a folder, of a checkpoint file, of a hub id ("owner/name"), or the one in the box for None; the
     options are those of `Pipeline.from_pretrained`.
     """
-    if name is None:
-        whole = replace(open_folder(model_in_the_box(), dtype, device, variant), name=THE_BOX)
-        return whole if vae is None else _with_vae(whole, vae, allow_pickle)
-    if Path(name).is_file():
+    if name is not None and Path(name).is_file():
         from ldm.checkpoints.single_file import open_single_file
 
+        if fast:
+            raise UsageError(
+                f"{name} is a single file, and a fast mode lies in a model folder; name one, or draw without"
+            )
         return open_single_file(name, dtype, device, vae=vae, allow_pickle=allow_pickle)
-    if Path(name).is_dir():
-        whole = open_folder(Path(name), dtype, device, variant, allow_pickle, safety_checker)
+    if name is None:
+        folder, title = model_in_the_box(), THE_BOX
+    elif Path(name).is_dir():
+        folder, title = Path(name), ""
     else:
         from ldm.checkpoints.hub import folder_of
 
         folder = folder_of(
             name, revision=revision, local_files_only=local_files_only, variant=variant, allow_pickle=allow_pickle
         )
-        whole = open_folder(folder, dtype, device, variant, allow_pickle, safety_checker)
-        whole = replace(whole, name=str(name))  # the cache's folder is called by a commit
-    return whole if vae is None else _with_vae(whole, vae, allow_pickle)
+        title = str(name)  # the cache's folder is called by a commit
+    whole = open_folder(folder, dtype, device, variant, allow_pickle, safety_checker)
+    whole = replace(whole, name=title) if title else whole
+    whole = whole if vae is None else _with_vae(whole, vae, allow_pickle)
+    return quickened(whole, folder, own_vae=vae is not None) if fast else whole
 
 
 def _with_vae(whole: Components, path: str | Path, allow_pickle: bool) -> Components:

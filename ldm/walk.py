@@ -16,7 +16,7 @@ from torch import Tensor
 from ldm.adapters.weights import Cast, Setting, Weights, at
 from ldm.brownian import Brownian
 from ldm.conditioning import Script
-from ldm.diffusion.guidance import guided, guided_by_image, guided_rescaled
+from ldm.diffusion.guidance import guided, guided_by_image, guided_rescaled, interval
 from ldm.diffusion.prediction import Denoiser, Estimate
 from ldm.diffusion.spacing import Levels, respaced
 from ldm.diffusion.strength import stronger, stronger_as_diffusers
@@ -109,6 +109,16 @@ class Run:
         """How the levels are walked."""
         return laps(len(self.levels.timesteps), self.order.resample, self.order.resample_jump)
 
+    @cached_property
+    def inside(self) -> tuple[bool, ...]:
+        """Of each step, through all laps, whether it is in the interval of guidance. Of a part of a run the steps
+        of the whole are counted, in the profile "diffusers" its own.
+        """
+        order, whole, own = self.order, self._whole.timesteps, self.levels.timesteps
+        skipped, count = (0, len(own)) if order.profile == "diffusers" else (whole.index(own[0]), len(whole))
+        steps = interval(order.guidance_start, order.guidance_stop, count)
+        return tuple(skipped + step in steps for lap in self.laps for step in range(lap.begin, lap.end))
+
     def steps(self, latents: Tensor | None, resume: Step | None) -> Iterator[Step]:
         """The steps, from `latents` [B, C, H, W] (default noise), or those after `resume`.
 
@@ -129,12 +139,15 @@ class Run:
             noise = Noise(generators(None, seeds, self._source), self.shape, self._like.device)
         if resume:
             noise.restore(resume.state)
-        denoise = self.sampling.denoiser(self._guided(self.bridge(whole, placed and placed.beside)), whole)
+        said = {inside: self._guided(inside, whole, placed and placed.beside) for inside in set(self.inside)}
+        made = resume.index + 1 if resume else 0  # steps; all calls until the next is yielded are of that one
+        denoise = self.sampling.denoiser(lambda x, sigma: said[self.inside[made]](x, sigma), whole)
         if ground and placed:
             denoise = ground.keeping(denoise, placed, levels)
         finite = []
         solver, path = self.sampling.solver(self.order.eta), self._path if self.sampling.noise == "brownian" else None
         for step in walked(solver, denoise, x, whole.sigmas, noise, self.laps, skipped, resume, path):
+            made = step.index + 1
             finite.append(torch.isfinite(step.x).all())
             if self._like.device.type == "cpu":  # elsewhere reading it would wait for the device
                 refuse_infinite(finite, self.sampling.scheduler.name, self._like.dtype)
@@ -181,13 +194,22 @@ class Run:
             start = slerp(start.cpu(), other, self.order.variation_strength).to(noise.device)
         return start
 
-    def _guided(self, denoise: Denoiser) -> Denoiser:
-        scale, rescale = self.order.guidance_scale, self.order.guidance_rescale
+    def _guided(self, inside: bool, levels: Levels, beside: Tensor | None) -> Denoiser:
+        """The network with its guidance, inside the interval of it or outside, where its scale is 1. There the prompt
+        is asked alone, but for parts joined by AND and guidance by a picture, which at a scale of 1 are still told from
+        the negative prompt.
+        """
+        script, sizes, images, picture = self.script, self.sizes, len(self.draws), guided_by_picture(self.order)
+        weights = None if set(script.weights) == {(1.0,) * images} else script.weights
+        scale, rescale = self.order.guidance_scale if inside else 1.0, self.order.guidance_rescale
         assert scale is not None
-        if not self.script.guiding:
+        if script.guiding and not (inside or weights or picture):
+            alone = replace(self, script=script.positive(images), sizes=None if sizes is None else sizes[images:])
+            return alone.bridge(levels, beside)
+        denoise = self.bridge(levels, beside)
+        if not script.guiding:
             return denoise
-        weights = None if set(self.script.weights) == {(1.0,) * len(self.draws)} else self.script.weights
-        if guided_by_picture(self.order):
+        if picture:
             return guided_by_image(denoise, scale, self.order.image_guidance_scale or 0.0, weights)
         if rescale:
             return guided_rescaled(denoise, scale, rescale, self.sampling.kind, weights)

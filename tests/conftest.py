@@ -93,7 +93,7 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="session")
 def noto_font() -> Path:
     """The Noto Color Emoji font file, as training finds it. Tests that ask for it are skipped where it is absent."""
-    from ldm.data.emoji import find_font
+    from ldm.data.glyphs import find_font
     from ldm.errors import LdmError
 
     try:

@@ -46,8 +46,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "foreign",
         "infotext",
         "runtime",
-        "philox conditioning sources decoding",
+        "philox conditioning decoding",
         "loras",
+        "fast",
+        "sources",
         "noise",
         "noise_files brownian refusals",
         "editing",
@@ -64,7 +66,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     ("cli cli.*", "server server.*", "__main__", "<ldm>"),
 )  # fmt: skip
-CODE_LINES = {0: 1800, 1: 1050, 2: 5400}  # per floor, without blank lines, comments and docstrings
+CODE_LINES = {0: 1830, 1: 1120, 2: 5400}  # per floor, without blank lines, comments and docstrings
 FILE_LINES, FUNCTION_LINES = 400, 60
 THIRD_PARTY = {0: {"torch", "numpy"}, 1: {"torch"}}  # all that the lower floors may import from outside
 HOMES = {
@@ -238,7 +240,7 @@ VIOLATIONS = {
     "transformers at once": (floor_faults, {"ldm/text/transformers_text.py": "from transformers import T5Config"}),
     "long file": (budget_faults, {"ldm/errors.py": "\n" * 401}),
     "long function": (budget_faults, {"ldm/errors.py": body(61)}),
-    "full floor": (budget_faults, {f"ldm/models/{c}.py": body(60) * 6 for c in ("unet", "vae", "clip")}),
+    "full floor": (budget_faults, {f"ldm/models/{c}.py": body(60) * 6 for c in ("unet", "vae", "clip", "layers")}),
     "torch.load": (banned_faults, {"ldm/images.py": "torch.load('x', weights_only=True)"}),
     "from torch": (banned_faults, {"ldm/images.py": "from torch import load"}),
     "pickle": (banned_faults, {"ldm/images.py": "import pickle"}),

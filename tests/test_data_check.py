@@ -331,9 +331,9 @@ def test_shards_that_are_cut_or_none(tmp_path):
 
 
 def test_scenes_that_share_a_ground_are_no_duplicates(noto_font):
-    """200 scenes, of which many share their ground or their object: none is taken for another."""
+    """300 scenes, of which many share their ground or their object: none is taken for another."""
     scenes = EmojiScenes(CorpusConfig(size=64), 0)
-    images = [Image.fromarray(scenes.scene(i).image) for i in range(200)]
+    images = [Image.fromarray(scenes.scene(i).image) for i in range(300)]
     hashes = np.array([dhash(image) for image in images], dtype=np.uint64)
     alike = np.bitwise_count(hashes[:, None] ^ hashes) <= HASH_BITS
     thumbs = np.stack([np.asarray(image.resize((16, 16), Image.Resampling.BOX), float) for image in images])

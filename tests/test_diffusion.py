@@ -247,7 +247,7 @@ def test_loss_sees_the_input_and_target_of_diffusers(prediction: str, schedule: 
 
     def network(x: Tensor, times: Tensor) -> Tensor:
         seen.append(x)
-        assert times is t
+        assert torch.equal(times, t)
         return output
 
     loss = DiffusionLoss(schedule, prediction)(network, x0, t, noise)

@@ -52,6 +52,7 @@ FEW_STEPS = (
     "--validation-prompt owl --validation-steps 2"
 )
 TINY_STAGES = {
+    "classifier": ["block_out_channels=[8,16]", "features=8", "norm_num_groups=4", "weights=''"],
     "first-stage": [
         "vae.block_out_channels=[4,8]", "vae.layers_per_block=1", "vae.norm_num_groups=2", "vae.sample_size=16",
         "crop=8", "crops=1", "scales=1", "disc_width=4",
@@ -66,11 +67,16 @@ TINY_STAGES = {
         "unet.down_block_types=[DownBlock2D,CrossAttnDownBlock2D]", "unet.norm_num_groups=4", "unet.num_heads=[2,2]",
         "unet.cross_attention_dim=16", "unet.transformer_layers_per_block=[1,1]",
     ],
+    "distill": ["latents=16", "num_inference_steps=1", "rank=1"],
+    "tiny-decoder": ["width=4", "encoder_width=4", "blocks=1"],
 }  # fmt: skip
 BESIDE_STEPS = {  # what stages compute beside their steps
     "ldm.training.clip.TOKENIZER_CAPTIONS": 300,
     "ldm.training.clip.HELD_OUT_SCENES": 16,
+    "ldm.training.classifier.HELD_OUT_SCENES": 64,
     "ldm.training.denoiser.HELD_OUT_SCENES": 16,
+    "ldm.training.distill.HELD_OUT_SCENES": 16,
+    "ldm.training.tiny_decoder.HELD_OUT_SCENES": 16,
     "ldm.training.first_stage.SCALE_SCENES": 64,
 }
 
@@ -216,7 +222,7 @@ def give_pictures(place: Path) -> None:
 
 def made_small(words: list[str]) -> list[str]:
     """A command with what makes it take seconds."""
-    if words[0] == "train":
+    if words[0] == "train" and words[1] in TINY_STAGES:
         settings = [*TINY, "corpus.size=16", *TINY_STAGES[words[1]]]
         return [*words, *(word for setting in settings for word in ("--set", setting))]
     if words[0] == "train-lora":
@@ -224,7 +230,8 @@ def made_small(words: list[str]) -> list[str]:
     if words[0] == "generate" and {*OWN} & {*words}:
         return [*words, "--steps", "5" if "--refiner" in words else "2"]  # the last one typed counts
     if words[0] == "eval":
-        return [*words, "-n", "2", *(["--steps", "1"] if words[1] == "alignment" else [])]
+        few = "20" if words[1] == "quality" else "2"
+        return [*words, "-n", few, *([] if words[1] == "inpainting" else ["--steps", "1"])]
     return words
 
 
@@ -495,12 +502,13 @@ def test_the_site_has_every_page():
 
 
 SAID_ABOVE = {  # public, and explained by the docstring of the class
-    "ldm/data/emoji.py SceneSpec.subject",
     "ldm/evaluation/reconstruction.py Autoencoder.decode",
     "ldm/evaluation/reconstruction.py Autoencoder.encode",
     "ldm/training/clip.py Contrastive.forward",
     "ldm/training/denoiser.py LatentDiffusion.forward",
+    "ldm/training/distill.py Distillation.forward",
     "ldm/training/first_stage.py FirstStage.forward",
+    "ldm/training/tiny_decoder.py TinyAutoencoding.forward",
 }
 
 

@@ -33,7 +33,8 @@ pytestmark = pytest.mark.usefixtures("quick")
 SAMPLE: dict[str, Any] = {  # another value than the default for every field
     "prompt": ("an owl", "a pizza"), "negative_prompt": "red", "num_images_per_prompt": 3, "seed": 0,
     "variation_strength": 0.5, "variation_seed": 9, "num_inference_steps": 7, "guidance_scale": 2.5,
-    "guidance_rescale": 0.5, "height": 64, "width": 32, "scheduler": "euler_a", "eta": 0.25, "clip_skip": 1,
+    "guidance_rescale": 0.5, "guidance_start": 0.25, "guidance_stop": 0.75, "height": 64, "width": 32,
+    "scheduler": "euler_a", "eta": 0.25, "clip_skip": 1,
     "nfe": 12, "schedule_type": "karras", "literal": True, "profile": "a1111", "noise_source": "gpu",
     "eta_noise_seed_delta": 31337, "original_height": 128, "original_width": 96, "crop_top": 4, "crop_left": 2,
     "aesthetic_score": 7.5, "negative_aesthetic_score": 1.5, "denoising_start": 0.25, "denoising_end": 0.75,

@@ -154,7 +154,7 @@ def test_every_field_that_matters_to_one_picture_can_be_an_axis():
         else:
             for name in filter(None, (field.name, field.name.replace("_", "-"), field.metadata["flag"])):
                 named = {"profile": "a1111", "noise_source": "gpu", "seamless": "x"}
-                value = named.get(field.name, "0.5" if field.name.startswith("denoising") else "1")
+                value = named.get(field.name, "0.5" if field.name.endswith(("_start", "_end")) else "1")
                 assert axes(f"{name}={value}") == (field.name, [value if "str" in str(field.type) else float(value)])
     boxes = ["box:0,0,8,8", "ellipse:0,0,8,8"]
     assert axes(f"mask={'|'.join(boxes)}") == ("mask_image", boxes)

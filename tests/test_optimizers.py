@@ -219,7 +219,8 @@ def test_cosine_to_share_is_torchs_after_a_line(steps: int, warmup: int, share: 
 
 
 def test_options_of_a_run_are_those_there_are() -> None:
-    assert list(NAMED["optimizer"]) == list(OPTIMIZERS)
+    # Muon makes whole matrices orthogonal; the thin ones of a LoRA would not gain what it costs.
+    assert [*NAMED["optimizer"]] == [name for name in OPTIMIZERS if name != "muon"]
     assert [*NAMED["lr_scheduler"], "cosine_to_share"] == list(RATES)
     assert {field.name: field.default for field in dataclasses.fields(LoopConfig)}["lr_scheduler"] in RATES
 

@@ -6,11 +6,13 @@ import dataclasses
 import json
 import math
 import os
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -18,12 +20,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ldm.checkpoints.safe import check_manifest, read_json
+from ldm.cli.train import STAGES as COMMANDS
 from ldm.data.emoji import CorpusConfig, EmojiScenes
 from ldm.errors import LdmError, ModelError, NumericalError, UsageError
 from ldm.models.clip import CLIPTextConfig, CLIPVisionConfig
@@ -31,7 +35,7 @@ from ldm.models.unet import CROSS, UNetConfig
 from ldm.models.vae import AutoencoderKL, VAEConfig
 from ldm.pipeline import Pipeline
 from ldm.training.clip import clip
-from ldm.training.config import ClipConfig, DenoiserConfig, FirstStageConfig, LoopConfig, read_config
+from ldm.training.config import ClipConfig, DenoiserConfig, FirstStageConfig, LoopConfig, checked, read_config
 from ldm.training.denoiser import LatentBatches, components, denoiser
 from ldm.training.ema import EMA
 from ldm.training.first_stage import (
@@ -49,7 +53,7 @@ from ldm.training.optimizers import RATES
 from ldm.training.state import load_state, save_state, states
 
 ROOT = Path(__file__).parents[1]
-CORPUS = CorpusConfig(size=16)
+CORPUS = CorpusConfig(size=16, objects=12)
 SMALL = {  # what a stage computes beside its steps, made small
     "ldm.training.clip.TOKENIZER_CAPTIONS": 300,
     "ldm.training.clip.HELD_OUT_SCENES": 16,
@@ -93,7 +97,7 @@ def clip_config(out: Path) -> ClipConfig:
         image_size=16,
         patch_size=8,
     )
-    return ClipConfig(loop_config(out), CORPUS, 700, text, vision)
+    return ClipConfig(loop_config(out), CORPUS, 700, 2.0, text, vision)
 
 
 def denoiser_config(out: Path, parts: Path, **options: Any) -> DenoiserConfig:
@@ -519,7 +523,7 @@ def test_the_average_has_its_closed_form() -> None:
 def test_the_first_stage_learns(tmp_path: Path, noto_font: Path) -> None:
     config = first_stage_config(tmp_path, disc_start=1000, crops=0)
     config = dataclasses.replace(
-        config, loop=loop_config(tmp_path, steps=60, batch_size=8, save_every=60, log_every=60)
+        config, loop=loop_config(tmp_path, steps=60, batch_size=8, learning_rate=0.005, save_every=60, log_every=60)
     )
     stage = first_stage(config)
     before = stage.held_out(stage.model)
@@ -729,17 +733,32 @@ def test_overrides_refuse(tmp_path: Path) -> None:
         read_config(path, FirstStageConfig, {"loop.steps": "x"})
 
 
-KINDS: dict[str, type[Any]] = {"first_stage": FirstStageConfig, "clip": ClipConfig, "denoiser": DenoiserConfig}
+KINDS: dict[str, type[Any]] = {
+    file: getattr(import_module(f"ldm.training.{file}"), kind) for file, kind in COMMANDS.values()
+}
 
 
 @pytest.mark.parametrize(
-    "path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: f"{path.parent.name}/{path.name}"
+    "path", sorted((ROOT / "configs").glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.name}"
 )
 def test_the_configurations_here_are_read(path: Path) -> None:
     if path.parent.name == "lora":
         assert read_config(path, LoRAConfig).output_name in ("", path.stem)
     else:
-        assert read_config(path, KINDS[path.stem.removesuffix("_2")]).loop.steps > 1
+        assert read_config(path, KINDS[path.stem]).loop.steps > 1
+
+
+def test_the_experiments_are_read() -> None:
+    """Every stage of every row, as bench/recipes.py makes them of the plan."""
+    script = runpy.run_path(str(ROOT / "bench" / "recipes.py"))
+    plan = yaml.safe_load((ROOT / "configs" / "experiments.yaml").read_text("utf-8"))
+    rows = list(script["runs"](plan))
+    for row, seed, stages, _ in rows:
+        for name, fields in stages.items():
+            folders = {"first_stage": "a", "clip": "b"} if name == "denoiser" else {}
+            config = checked(script["changed"](fields, {"loop.out": "c"} | folders), KINDS[name], f"{row}, {name}")
+            assert config.loop.seed == seed and config.corpus.objects == plan["corpus"]["objects"]
+    assert len(rows) == len(plan["seeds"]) * (1 + len(plan["rows"]))
 
 
 def test_stages_ask_for_what_they_need(tmp_path: Path) -> None:

@@ -77,7 +77,8 @@ class Components:
     tokenizer_2: SDXL's. scheduler_config: scheduler_config.json as it stands; low_res_scheduler_config: the
     x4-upscaler's other one. generation: the request fields (those of folder.DEFAULTS) that suit the model. flags: those
     of FLAGS that are set. notes: what the user should hear about how the model was opened, each said once. name: what
-    to call it; no path. weights: the one owner of the numbers in the networks, once adapters are loaded.
+    to call it; no path. fast: the name of the adapter that is its fast mode, if it is in that (ldm.fast). weights: the
+    one owner of the numbers in the networks, once adapters are loaded.
     """
 
     unet: UNet
@@ -93,6 +94,7 @@ class Components:
     safety_checker: SafetyChecker | None = None
     flags: dict[str, bool] = field(default_factory=dict)
     low_res_scheduler_config: Json = field(default_factory=dict)
+    fast: str = ""
     weights: Weights = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

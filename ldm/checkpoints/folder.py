@@ -53,6 +53,7 @@ UNUSED = ("image_encoder", "watermarker")  # diffusers' own, not loaded
 READ_ELSEWHERE = ("scheduler", "low_res_scheduler", "feature_extractor")  # by their files; their class says no more
 INDEX, SCHEDULER, GENERATION = "model_index.json", "scheduler/scheduler_config.json", "generation_config.json"
 LOW_RES = "low_res_scheduler/scheduler_config.json"
+FAST = "fast"  # the folder of a model's fast mode: ldm.fast
 DEFAULTS = ("num_inference_steps", "guidance_scale", "height", "width", "scheduler")
 WRITTEN_FOR = "0.42.1"  # the version of diffusers whose form this is
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
@@ -110,7 +111,7 @@ def open_folder(
     components = Components(
         **{"text_encoder": None, "tokenizer": None} | parts,
         scheduler_config=read_json(path / SCHEDULER),
-        generation=_generation(read_json(path / GENERATION), path) if (path / GENERATION).is_file() else {},
+        generation=defaults_of(path),
         notes=(*notes, *_variants(variant, {name: taken for name, (_, taken) in files.items()})),
         name="unnamed" if path.resolve() == Path.home() else path.resolve().name,
         flags={name: True for name in FLAGS if index.get(name) is True},
@@ -229,6 +230,11 @@ def _variants(asked: str | None, taken: Mapping[str, str | None]) -> list[str]:
     return [f"no {asked or 'plain'} weights of {places[used]}; took the {used or 'plain'} ones" for used in others]
 
 
+def defaults_of(folder: Path) -> Json:
+    """What a folder's generation_config.json says, {} without one. ModelError: a field that is not of DEFAULTS."""
+    return _generation(read_json(folder / GENERATION), folder) if (folder / GENERATION).is_file() else {}
+
+
 def _generation(values: Json, folder: Path) -> Json:
     unknown = [name for name in values if name not in DEFAULTS]
     if unknown:
@@ -313,8 +319,10 @@ def _finite(model: nn.Module, name: str, dtype: torch.dtype | None) -> dict[str,
 
 
 def _carry_over(old: Path, new: Path) -> None:
-    """Copies what the old folder has beside the files of the new one; hidden files and outdated ones stay behind."""
-    ours = {item.name for item in new.iterdir()} | {GENERATION, "manifest.sha256"}
+    """Copies what the old folder has beside the files of the new one; hidden files and outdated ones stay behind, such
+    as a fast mode, which was distilled for the old weights.
+    """
+    ours = {item.name for item in new.iterdir()} | {GENERATION, FAST, "manifest.sha256"}
     for item in old.iterdir() if old.is_dir() else ():
         if item.name in ours or item.name.startswith("."):
             continue

@@ -19,10 +19,13 @@ if TYPE_CHECKING:
 
 NAME = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*", re.ASCII)
 INDEX = "model_index.json"
-ROOT = (INDEX, "generation_config.json")
-DESCRIBES = re.compile(r"[\w.\-]+\.(json|txt|model)", re.ASCII)  # configs, vocabularies, T5's spiece.model
 DIFFUSERS = "diffusion_pytorch_model"  # the stem of weights of its classes; of all others:
 OTHERS = {"safetensors": "model", "bin": "pytorch_model"}
+ROOT = (  # what is fetched beside the components: of a fast mode (ldm.fast) all there is
+    INDEX, "generation_config.json", "fast/generation_config.json", "fast/pytorch_lora_weights.safetensors",
+    "fast/vae/config.json", f"fast/vae/{DIFFUSERS}.safetensors",
+)  # fmt: skip
+DESCRIBES = re.compile(r"[\w.\-]+\.(json|txt|model)", re.ASCII)  # configs, vocabularies, T5's spiece.model
 UNUSED = ("image_encoder", "watermarker")  # components that are never opened; the first is large
 WEIGHTLESS = re.compile(r"\w*(tokenizer|scheduler|feature_extractor|processor)\w*")
 OFFLINE = "connect and run it once, or give a model folder"
@@ -93,11 +96,11 @@ def files_of(
     """Which of a repository's files are opened: what describes each component of its model_index.json, and one set of
     weights. ModelError: a component has none, or only pickles and they are not allowed.
     """
-    by_folder: dict[str, list[str]] = {}
+    names, by_folder = list(names), dict[str, list[str]]()
     for name in names:
         folder, _, file = name.rpartition("/")
         by_folder.setdefault(folder, []).append(file)
-    wanted = [name for name in ROOT if name in by_folder.get("", ())]
+    wanted = [name for name in ROOT if name in names]
     for component, entry in index.items():
         if not isinstance(entry, list) or entry[:1] in ([], [None]) or component.startswith("_") or component in UNUSED:
             continue

@@ -63,7 +63,7 @@ def machine() -> Iterator[Finding]:
     """Devices, memory and the emoji font."""
     import torch
 
-    from ldm.data.emoji import find_font
+    from ldm.data.glyphs import find_font
     from ldm.memory import available_bytes
 
     cores, threads = os.cpu_count() or 1, torch.get_num_threads()

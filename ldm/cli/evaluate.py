@@ -30,10 +30,13 @@ def group() -> None:
 )
 def alignment(
     model: Model = None,
-    n: Annotated[int, typer.Option("--n", "-n", parser=whole(1), metavar="N", help="held-out prompts")] = 200,
+    n: Annotated[int, typer.Option("--n", "-n", parser=whole(1), metavar="N", help="prompts")] = 500,
     seed: Annotated[
         int, typer.Option("--seed", parser=whole(0), metavar="N", help="of the first picture; the next ones count up")
     ] = 0,
+    seen: Annotated[
+        bool, typer.Option("--seen", help="ask for combinations that training may see, instead of those held out of it")
+    ] = False,
     scheduler: Annotated[str | None, typer.Option("--scheduler", metavar="TEXT", help="absent = the model's")] = None,
     steps: Annotated[
         int | None, typer.Option("--steps", parser=whole(), metavar="N", help="absent = the model's")
@@ -47,6 +50,7 @@ def alignment(
     lora: Annotated[
         list[Path] | None, typer.Option("--lora", metavar="FILE[:STRENGTH]", help="draw with it; may be repeated")
     ] = None,
+    fast: Annotated[bool, typer.Option("--fast", help="draw in the model's fast mode")] = False,
     glyph: Annotated[
         str | None,
         typer.Option("--glyph", metavar="NAME=PICTURE", help="ask for an object that it taught instead"),
@@ -58,15 +62,15 @@ def alignment(
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Judge whether pictures show what their prompts say, on held-out prompts of the corpus."""
+    """Judge whether pictures show what their prompts say, in GenEval's categories."""
     refuse_unwritable(output / "alignment.json")
     from ldm.cli.opening import Opening, opened
     from ldm.evaluation.alignment import evaluate
 
     scenes = scenes_of(model, config)
     scenes = with_glyph(glyph, scenes.config) if glyph else scenes
-    pipeline = opened(None, Opening(model=model, device=device, dtype=dtype, lora=lora))
-    judged = evaluate(pipeline, scenes, n, seed, scheduler=scheduler, steps=steps, guidance=guidance)
+    pipeline = opened(None, Opening(model=model, device=device, dtype=dtype, lora=lora, fast=fast))
+    judged = evaluate(pipeline, scenes, n, seed, seen=seen, scheduler=scheduler, steps=steps, guidance=guidance)
     judge(judged, n, output, as_json)
 
 
@@ -111,19 +115,31 @@ def judge(items: Iterable[Any], n: int, output: Path, as_json: bool) -> None:
 
 
 def scenes_of(model: str | None, config: Path | None) -> "EmojiScenes":
-    """The corpus that a model's pictures are judged by. UsageError: the model was trained on another."""
+    """The corpus that a model's pictures are judged by: of the denoiser's YAML file if one is named, else what its
+    vocabulary.json says, else the usual one. UsageError: the model was trained on another.
+    """
+    from ldm.checkpoints.safe import read_json
     from ldm.data.emoji import CorpusConfig, EmojiScenes
     from ldm.sources import model_in_the_box
-    from ldm.training.config import DenoiserConfig, read_config
+    from ldm.training.config import DenoiserConfig, checked, read_config
 
-    scenes = EmojiScenes(read_config(config, DenoiserConfig).corpus if config else CorpusConfig())
-    refuse_other_corpus(Path(model) if model else model_in_the_box(), scenes)
+    path = (Path(model) if model else model_in_the_box()) / "vocabulary.json"
+    known = read_json(path) if path.is_file() else {}
+    said = known.get("corpus", {})
+    if config:
+        corpus = read_config(config, DenoiserConfig).corpus
+    elif isinstance(said, dict):
+        corpus = checked(said, CorpusConfig, f"corpus of {path}")
+    else:
+        raise UsageError(f"{path}: its corpus is {said!r}, not fields; name the denoiser's YAML file with --config")
+    scenes = EmojiScenes(corpus)
+    refuse_other_corpus(path, known, scenes)
     return scenes
 
 
 def with_glyph(said: str, config: "CorpusConfig") -> "EmojiScenes":
     """The corpus and one object more, from NAME=PICTURE. UsageError: it is not so written, or no picture is there."""
-    from ldm.evaluation.alignment import GlyphScenes
+    from ldm.evaluation.prompts import GlyphScenes
     from ldm.inputs import decoded
 
     name, _, path = said.partition("=")
@@ -134,10 +150,9 @@ def with_glyph(said: str, config: "CorpusConfig") -> "EmojiScenes":
     return GlyphScenes(name, decoded(Path(path).read_bytes()), config)
 
 
-def refuse_other_corpus(model: Path, scenes: "EmojiScenes") -> None:
+def refuse_other_corpus(path: Path, known: dict[str, Any], scenes: "EmojiScenes") -> None:
     """UsageError when a model's vocabulary.json lists other objects than this corpus: verdicts would mean nothing."""
-    from ldm.checkpoints.safe import read_json
-
-    path = model / "vocabulary.json"
-    if path.is_file() and read_json(path).get("objects") != scenes.vocabulary()["objects"]:
+    listed = known.get("objects")
+    names = [each.get("name") for each in listed if isinstance(each, dict)] if isinstance(listed, list) else []
+    if known and names != scenes.names:
         raise UsageError(f"{path} lists other objects than the corpus; name the denoiser's YAML file with --config")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ldm.cli.common import printable, say
-from ldm.cli.opening import opened, recorded, with_files, without_unsaid
+from ldm.cli.opening import drawn_fast, opened, recorded, with_files, without_unsaid
 from ldm.cli.options import Size, Wildcards, typed_fields, with_request
 from ldm.cli.orders import Sources, gathered, singles
 from ldm.cli.places import OUTPUT, paths_of, refuse_taken
@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 FROM = "draw again what this picture's recipe says (of ldm, A1111 or ComfyUI); other options replace parts of it"
 SET = "replace one field (seed=7, scheduler=euler_a), also of --config; may be repeated"
 LOSSY = "what a mask keeps is kept to the byte only in a .png; this format changes every pixel a little"
+RUN = {  # fields of a recipe that another run of the model has of its own: the fast mode chooses them
+    "num_inference_steps", "nfe", "timesteps", "timestep_respacing", "sigmas", "scheduler", "schedule_type", "eta",
+    "guidance_scale", "guidance_rescale", "guidance_start", "guidance_stop",
+}  # fmt: skip
 LOOKS = {"strip": ".strip.png", "gif": ".gif"}  # what is written beside a picture, and the end of its name
 
 
@@ -84,6 +88,8 @@ def generate(
     found = recipe_in(picture, manner) if picture else None
     written = (recorded(found.recipe) if found.recipe else found.request) if found else {}
     typed, opening = typed_fields(given, size)
+    hurried = opening.fast and not drawn_fast(found.recipe if found else None)
+    written = {name: value for name, value in written.items() if not (hurried and name in RUN)}
     orders, beside = gathered(sources, written, typed)
     orders = [with_files(order, picture.parent) for order in orders] if picture else orders
     said = beside.pop("output", None)
@@ -91,7 +97,7 @@ def generate(
     opening = replace(opening, **{name: text for name, text in beside.items() if getattr(opening, name, None) is None})
     recipe = without_unsaid(found.recipe, orders) if found and found.recipe else None
     pipeline = opened(recipe, opening)
-    if recipe and not (opening.model or opening.vae or opening.refiner):
+    if recipe and not (opening.model or opening.vae or opening.refiner or hurried):
         # In another type of numbers the same model has other digests.
         refuse_other_model(opened(recipe, replace(opening, dtype=None)) if opening.dtype else pipeline, recipe)
     pictures = singles([pipeline.resolve(order) for order in orders], sources, written)

@@ -55,6 +55,9 @@ class Opening:
     lora_partial: Annotated[
         bool, _option("--lora-partial", help="take what fits of an adapter that does not fit as a whole")
     ] = False
+    fast: Annotated[
+        bool, _option("--fast", help="in few steps and with a tiny decoder, of a model that has a fast mode")
+    ] = False
     allow_pickle: Annotated[
         bool, _option("--allow-pickle", help="also read .ckpt, .pt and .bin, in a guarded process")
     ] = False
@@ -84,7 +87,7 @@ def with_opening(command: Callable[..., None]) -> inspect.Signature:
 def opened(recipe: "Recipe | None", asked: Opening) -> "Pipeline":
     """The model with what was asked for beside it. Of a recipe come its device if there is one here, its type of
     numbers, its number of threads, for sums are taken in another order with another number, and how strong its adapters
-    are. LdmError: one of these was not given.
+    are; and it is opened in its fast mode if it was. LdmError: one of these was not given.
     """
     import torch
 
@@ -97,6 +100,7 @@ def opened(recipe: "Recipe | None", asked: Opening) -> "Pipeline":
     pipeline = Pipeline.from_pretrained(
         asked.model, device=device, dtype=dtype, vae=asked.vae, refiner=asked.refiner, variant=asked.variant,
         revision=asked.revision, allow_pickle=asked.allow_pickle, safety_checker=not asked.no_safety_checker,
+        fast=asked.fast or drawn_fast(recipe),
     )  # fmt: skip
     for path in asked.embedding or ():
         pipeline.load_textual_inversion(path, allow_pickle=asked.allow_pickle)
@@ -106,11 +110,16 @@ def opened(recipe: "Recipe | None", asked: Opening) -> "Pipeline":
     return pipeline
 
 
+def drawn_fast(recipe: "Recipe | None") -> bool:
+    """Whether a picture was drawn in a model's fast mode."""
+    return recipe is not None and any(row.get("fast") is True for row in recipe.adapters)
+
+
 def _load_adapters(pipeline: "Pipeline", recipe: "Recipe | None", asked: Opening) -> None:
     """Load the adapters that were given, and those of a recipe: last, in its order, for so they are added up.
 
     One of a recipe is known by its sha256, whatever its file is called; a file of its name that was given stands in
-    for it, as another model may.
+    for it, as another model may, and as that of the model's own fast mode does.
     """
     from ldm.adapters.weights import Loaded
 
@@ -122,7 +131,7 @@ def _load_adapters(pipeline: "Pipeline", recipe: "Recipe | None", asked: Opening
         return
     weights = pipeline.components.weights
     load = partial(pipeline.load_lora, partial=asked.lora_partial, allow_pickle=asked.allow_pickle)
-    given: dict[str, Strength | None] = {}
+    given: dict[str, Strength | None] = dict.fromkeys(weights.loaded)
     for path, said in map(file_option, map(str, asked.lora or ())):
         given[load(path, said or Strength())] = said
     alike = {weights.loaded[name].adapter.sha256: name for name in given}

@@ -17,6 +17,9 @@ STAGES = {
     "first-stage": ("first_stage", "FirstStageConfig"),
     "clip": ("clip", "ClipConfig"),
     "denoiser": ("denoiser", "DenoiserConfig"),
+    "classifier": ("classifier", "ClassifierConfig"),
+    "distill": ("distill", "DistillConfig"),
+    "tiny-decoder": ("tiny_decoder", "TinyDecoderConfig"),
 }
 
 Config = Annotated[Path, typer.Option("--config", metavar="FILE", help="YAML file of the run, as in configs/")]
@@ -61,16 +64,58 @@ def denoiser(config: Config, settings: Settings = None, device: Where = None) ->
     run("denoiser", config, settings or [], device)
 
 
+@app.command("classifier", epilog=stage_examples("classifier"))
+def classifier(config: Config, settings: Settings = None, device: Where = None) -> None:
+    """Train the network whose features pictures are compared by (ldm eval quality)."""
+    run("classifier", config, settings or [], device)
+
+
+@app.command("distill", epilog=stage_examples("distill"))
+def distill(config: Config, settings: Settings = None, device: Where = None) -> None:
+    """Teach a finished model to draw in few steps: a LoRA, by latent consistency distillation."""
+    run("distill", config, settings or [], device)
+
+
+@app.command("tiny-decoder", epilog=stage_examples("tiny-decoder"))
+def tiny_decoder(config: Config, settings: Settings = None, device: Where = None) -> None:
+    """Train a small and quick autoencoder (TAESD's form) for the latents of a finished one."""
+    run("tiny-decoder", config, settings or [], device)
+
+
+@app.command("ema", epilog=examples("ldm train ema runs/box/denoiser --sigma-rel 0.08 -o out/averaged"))
+def ema(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="folder of a run that kept snapshots")],
+    sigma_rel: Annotated[float, typer.Option("--sigma-rel", help="length of the average, as a share of the run")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder; the result is put into `result` there")],
+) -> None:
+    """Put an average of another length together from a run's snapshots (post-hoc EMA), as its result."""
+    needs("accelerate", "matplotlib")
+    from ldm.training.posthoc import averaged, configuration, summands
+
+    refuse_unwritable(output / "result" / "config.json")
+    parts = summands(folder, sigma_rel)
+    modules = {name: import_module(f"ldm.training.{file}") for name, (file, _) in STAGES.items()}
+    name, config = configuration(folder, {name: getattr(modules[name], kind) for name, (_, kind) in STAGES.items()})
+    with logged():
+        stage = getattr(modules[name], STAGES[name][0])(config)
+        made = averaged(stage.model, parts)
+        told = ", ".join(f"{figure} {value:.4g}" for figure, value in stage.held_out(made).items())
+        say(f"{name}, the average of sigma_rel {sigma_rel}: held-out {told}")
+        stage.export(made, output)
+    print(output / "result")
+
+
 def run(name: str, config: Path, settings: list[str], device: str | None) -> None:
     """Train one stage from its newest state to its end, and tell how it goes. Exit code 130 when stopped by
     Ctrl-C, 143 by SIGTERM."""
     needs("accelerate", "matplotlib")
-    from ldm.training import config as kinds
+    from ldm.training.config import read_config
     from ldm.training.loop import device_of, run_stage
 
     file, kind = STAGES[name]
+    module = import_module(f"ldm.training.{file}")
     chosen = parse_settings(settings) | ({"loop.device": device} if device else {})
-    asked = kinds.read_config(config, getattr(kinds, kind), chosen)
+    asked = read_config(config, getattr(module, kind), chosen)
     c: LoopConfig = asked.loop
     # Before any work: threads of OpenMP, which come with the first work, inherit from here that denormals are flushed.
     where = device_of(c.device, c.threads)
@@ -80,7 +125,7 @@ def run(name: str, config: Path, settings: list[str], device: str | None) -> Non
     say(f"states, samples, curve.png and log.jsonl go to {out}, the result to {out / 'result'}")
     try:
         with logged():
-            stage = getattr(import_module(f"ldm.training.{file}"), file)(asked)
+            stage = getattr(module, file)(asked)
             last = follow(run_stage(stage, asked), name, c.steps, c.batch_size * c.gradient_accumulation_steps)
     except KeyboardInterrupt:  # before the first step, or after the last
         tell_stopped(out)

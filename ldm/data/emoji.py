@@ -1,68 +1,44 @@
 """Endless captioned scenes of emoji: the corpus of the model in the box, and the ground truth it is judged by.
 
-A scene is one to four objects on a coloured background, with a caption that says exactly what is drawn. Glyphs are
-rendered from the Noto Color Emoji font (SIL Open Font License 1.1); their names are CLDR short names. Scene i of a
+A scene is one to four objects on a coloured background, with a caption that says exactly what is drawn. Scene i of a
 corpus depends on (config, seed, i) alone. A fixed, hash-based share of the combinations is held out: training never
 sees them, judging draws only from them.
 """
 
 import hashlib
-import os
 import random
-from dataclasses import dataclass, field
-from functools import cached_property
-from importlib.resources import files
+from dataclasses import asdict, dataclass, field
 from itertools import combinations, cycle, islice
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFont
+from PIL import Image
 
-from ldm.errors import LdmError, UsageError
+from ldm.data.glyphs import COLOURED_SHAPES, COLOURS, SHAPES, STYLES, Sprites, all_glyphs
+from ldm.data.words import AND, COUNTS, PHRASINGS, RELATIONS, SIZES, SceneSpec
+from ldm.errors import UsageError
 
-BACKGROUNDS: dict[str, tuple[int, int, int]] = {
-    "red": (214, 40, 40), "orange": (244, 140, 36), "yellow": (250, 214, 60), "green": (46, 160, 72),
-    "blue": (44, 92, 214), "purple": (128, 56, 172), "pink": (250, 156, 196), "brown": (122, 76, 46),
-    "black": (18, 18, 18), "white": (246, 246, 246),
-}  # fmt: skip
-RELATIONS = ("to the left of", "to the right of", "above", "below")
-COUNTS = {2: "two", 3: "three", 4: "four"}
-# Phrasings of every caption, the canonical one first. {x} is the subject, {c} the background colour, {a} its article.
-PHRASINGS = (
-    "{x} on {a} {c} background",
-    "{x} in front of {a} {c} background",
-    "{a} {c} background with {x}",
-    "{x}, {c} background",
-    "a picture of {x} on {c}",
-)
-CANONICAL_SHARE = 0.6
-# Side of an object as a share of the picture's side, by what the caption says of it.
-SIDES = {"small": (0.34, 0.42), "": (0.56, 0.70), "large": (0.80, 0.92)}
-SIDES_BY_COUNT = {2: (0.40, 0.47), 3: (0.36, 0.43), 4: (0.34, 0.42)}
-# Where objects of a scene stand (centres, as shares of the side), by how many there are.
-PLACES = {
-    1: ((0.5, 0.5),),
-    2: ((0.26, 0.5), (0.74, 0.5)),
-    3: ((0.5, 0.27), (0.26, 0.73), (0.74, 0.73)),
-    4: ((0.26, 0.26), (0.74, 0.26), (0.26, 0.74), (0.74, 0.74)),
+# Side of the box an object stands in, and of the object in its middle, as shares of the picture's side, by the size
+# that the caption says. Where there are several objects they have the small size.
+BOXES = {"small": 0.5, "": 0.75, "large": 0.875}
+SIDES = {"small": 0.46, "": 0.66, "large": 0.845}
+LEFT, RIGHT, UPPER, LOWER = (0.25, None), (0.75, None), (None, 0.25), (None, 0.75)
+# Where the boxes stand (centres, as shares of the side, x to the right; None: anywhere), by relation or count.
+PLACES: dict[str | int, tuple[tuple[float | None, float | None], ...]] = {
+    0: ((None, None),),
+    1: ((None, None),),
+    2: (LEFT, RIGHT),
+    3: (UPPER, (0.25, 0.75), (0.75, 0.75)),
+    4: ((0.25, 0.25), (0.75, 0.25), (0.25, 0.75), (0.75, 0.75)),
+    AND: (LEFT, RIGHT),
+    "to the left of": (LEFT, RIGHT),
+    "to the right of": (RIGHT, LEFT),
+    "above": (UPPER, LOWER),
+    "below": (LOWER, UPPER),
+    "above two": (UPPER, (0.25, 0.75), (0.75, 0.75)),
+    "below two": (LOWER, (0.25, 0.25), (0.75, 0.25)),
 }
-FONT_FOLDERS = (
-    "/usr/share/fonts",
-    "/usr/local/share/fonts",
-    "/Library/Fonts",
-    str(Path.home() / ".local/share/fonts"),
-    str(Path.home() / ".fonts"),
-)
-
-
-@dataclass(frozen=True)
-class Glyph:
-    """One object the corpus can draw: its CLDR short name, code point and CLDR subgroup."""
-
-    name: str
-    code: str
-    subgroup: str
+KINDS = ("single", "pair", "and", "triple", "count")
 
 
 @dataclass(frozen=True)
@@ -70,40 +46,30 @@ class CorpusConfig:
     """What the scenes are made of. Shares are probabilities; sizes are pixels."""
 
     size: int = 64  # side of the square picture
-    objects: int = 60  # how many objects are drawn by hash from the table of emoji
+    objects: int = 156  # how many objects are drawn by hash from the table of emoji
     always: tuple[str, ...] = ("taco", "owl", "pizza", "banana")  # objects of the README's prompts, beside those
     salt: str = "ldm"  # decides which objects, and which combinations are held out
     held_out: float = 0.1  # share of (object, background) and of object pairs never trained on
-    pairs: float = 0.35  # share of scenes with two objects in a relation
-    counts: float = 0.15  # share of scenes with two to four of one object
-    sized: float = 0.2  # share of single-object scenes that are small or large, and say so
-    spread: float = 1.0  # how much of the range of an object's side is used; 0 draws every object in its middle size
-    wander: float = 0.5  # how much of the room between an object and the border it may wander
-    grid: int = 1  # objects stand at multiples of this many pixels
+    pairs: float = 0.28  # share of scenes with two objects in a relation
+    ands: float = 0.10  # share of scenes with two objects
+    triples: float = 0.06  # share of scenes with three
+    counts: float = 0.18  # share of scenes with one to four of one object, and the number said
+    shapes: float = 0.2  # share of objects that are simple shapes in a colour; the others are emoji
+    sized: float = 0.2  # share of scenes of a single object that are small or large, and say so
+    styled: float = 0.15  # ... that are in a style
+    spread: float = 0.0  # by how much of its side an object may be smaller than the largest of its size
+    wander: float = 1.0  # how much of the room between an object and the border it may wander
+    grid: int = 8  # boxes of objects stand at multiples of this many pixels
+    people: bool = False  # also faces and people
 
-
-@dataclass(frozen=True)
-class SceneSpec:
-    """What a scene shows, without where exactly: enough to write its caption and to judge a picture of it."""
-
-    objects: tuple[str, ...]  # one name, or two in a relation
-    background: str
-    relation: str = ""  # one of RELATIONS, of the first object to the second
-    count: int = 1  # how many of a single object
-    size: str = ""  # "small", "large" or ""
-
-    @property
-    def subject(self) -> str:
-        if self.relation:
-            return f"{with_article(self.objects[0])} {self.relation} {with_article(self.objects[1])}"
-        if self.count > 1:
-            return f"{COUNTS[self.count]} {plural(self.objects[0])}"
-        return with_article(f"{self.size} {self.objects[0]}".strip())
-
-    def caption(self, phrasing: int = 0) -> str:
-        """The words for this scene; phrasing 0 is the canonical one."""
-        article = with_article(self.background).split()[0]
-        return PHRASINGS[phrasing].format(x=self.subject, c=self.background, a=article)
+    def __post_init__(self) -> None:
+        for names in (("pairs", "ands", "triples", "counts"), ("sized", "styled"), ("shapes",), ("held_out",)):
+            shares = [getattr(self, name) for name in names]
+            if min(shares) < 0 or sum(shares) > 1:
+                raise UsageError(
+                    f"{' + '.join(names)} of the corpus is {' + '.join(f'{s:g}' for s in shares)}; they are shares of "
+                    "one whole: none below 0, and no more than 1 together"
+                )
 
 
 @dataclass(frozen=True)
@@ -120,126 +86,91 @@ class Scene:
     )  # [n, S, S], True where the object covers
 
 
-def with_article(noun: str) -> str:
-    """'an owl', 'a taco', 'a unicorn'."""
-    vowel = noun[0] in "aeiou" and not noun.startswith(("uni", "uku", "eu", "one"))
-    return f"{'an' if vowel else 'a'} {noun}"
-
-
-def plural(noun: str) -> str:
-    """The plural of a CLDR short name: bananas, peaches, cherries, mice."""
-    irregular = {"mouse": "mice", "goose": "geese", "ox": "oxen", "fish": "fish", "sheep": "sheep", "deer": "deer",
-                 "knife": "knives", "leaf": "leaves", "loaf": "loaves", "tooth": "teeth", "wolf": "wolves",
-                 "bison": "bison", "squid": "squid"}  # fmt: skip
-    head, _, last = noun.rpartition(" ")
-    if last in irregular:
-        last = irregular[last]
-    elif last.endswith(("s", "x", "z", "ch", "sh")):
-        last += "es"
-    elif last.endswith("y") and last[-2:-1] not in tuple("aeiou"):
-        last = last[:-1] + "ies"
-    else:
-        last += "s"
-    return f"{head} {last}".strip()
-
-
-def all_glyphs() -> list[Glyph]:
-    """Every emoji the corpus may draw: plain names, no flags, keycaps, zodiac or religious signs, gestures."""
-    lines = files("ldm.data").joinpath("emoji.tsv").read_text("utf-8").splitlines()
-    rows = (line.split("\t") for line in lines if not line.startswith("#"))
-    glyphs = [Glyph(name, code, subgroup) for code, subgroup, name in rows]
-    return [
-        g
-        for g in glyphs
-        if g.name.replace(" ", "").replace("-", "").isalpha() and g.name.isascii() and not is_plural(g.name)
-    ]
-
-
-def is_plural(name: str) -> bool:
-    """Whether a name is already a plural ('grapes', 'socks'), which 'a' and counts do not go with."""
-    return (name.endswith("s") and not name.endswith(("ss", "us"))) or " with " in name
-
-
 def share(*words: str) -> float:
     """A number in [0, 1) that depends on the words alone, the same on every machine."""
     return int.from_bytes(hashlib.sha256("\n".join(words).encode()).digest()[:8], "big") / 2**64
 
 
-def find_font() -> Path:
-    """The Noto Color Emoji font: $LDM_EMOJI_FONT, or where systems keep fonts.
-
-    Needed to train and to judge, never to draw. LdmError: it is not there.
-    """
-    named = os.environ.get("LDM_EMOJI_FONT")
-    places = (
-        [Path(named)]
-        if named
-        else [p for folder in FONT_FOLDERS for p in sorted(Path(folder).rglob("NotoColorEmoji.ttf"))]
-    )
-    for path in places:
-        if path.is_file():
-            return path
-    raise LdmError(
-        "the Noto Color Emoji font was not found; install it (Debian, Ubuntu: apt-get install fonts-noto-color-emoji) "
-        "or name its NotoColorEmoji.ttf in LDM_EMOJI_FONT"
-    )
-
-
-class EmojiScenes:
+class EmojiScenes(Sprites):
     """The corpus: scenes[i] is (image uint8 [3, S, S], caption) of training scene i, never a held-out combination."""
 
     def __init__(self, config: CorpusConfig | None = None, seed: int = 0) -> None:
-        self.config = config or CorpusConfig()
+        self.config = c = config or CorpusConfig()
         self.seed = seed
-        table = {g.name: g for g in all_glyphs()}
-        if unknown := [name for name in self.config.always if name not in table]:
+        table = {g.name: g for g in all_glyphs(c.people)}
+        if unknown := [name for name in c.always if name not in table]:
             raise UsageError(
                 f"the corpus has no emoji named {unknown[0]!r}; names are CLDR short names of countable things"
             )
-        by_hash = sorted(
-            (n for n in table if n not in self.config.always), key=lambda n: share(self.config.salt, "object", n)
-        )
-        self.glyphs = {n: table[n] for n in sorted([*self.config.always, *by_hash[: self.config.objects]])}
-        self._sprites: dict[tuple[str, int], Image.Image] = {}
+        by_hash = sorted((n for n in table if n not in c.always), key=lambda n: share(c.salt, "object", n))
+        super().__init__({n: table[n] for n in sorted([*c.always, *by_hash[: c.objects]])})
+        self.synonyms = {g.name: g.synonyms for g in self.glyphs.values()}
 
     @property
     def names(self) -> list[str]:
-        """The objects it can draw, sorted."""
+        """The emoji it can draw, sorted."""
         return list(self.glyphs)
 
     def vocabulary(self) -> dict[str, object]:
         """What a model trained on these scenes can draw, for `vocabulary.json`."""
         return {
-            "objects": [{"name": g.name, "code_point": g.code, "subgroup": g.subgroup} for g in self.glyphs.values()],
-            "backgrounds": {name: list(rgb) for name, rgb in BACKGROUNDS.items()},
+            "corpus": asdict(self.config),
+            "objects": [
+                {"name": g.name, "code_point": g.code, "subgroup": g.subgroup, "synonyms": list(g.synonyms)}
+                for g in self.glyphs.values()
+            ],
+            "shapes": list(SHAPES),
+            "backgrounds": {name: list(rgb) for name, rgb in COLOURS.items()},
             "relations": list(RELATIONS),
             "counts": list(COUNTS.values()),
-            "sizes": [s for s in SIDES if s],
+            "sizes": list(SIZES),
+            "styles": list(STYLES),
             "phrasings": [p.format(x="<objects>", c="<colour>", a="a") for p in PHRASINGS],
         }
 
     def is_held_out(self, spec: SceneSpec) -> bool:
-        """Whether training never sees this combination: (object, background), or the unordered pair of objects."""
-        words = sorted(spec.objects) if spec.relation else [spec.objects[0], spec.background]
-        return share(self.config.salt, "held out", *words) < self.config.held_out
+        """Whether training never sees this combination: (object, background), or an unordered pair of its objects."""
+        found = combinations(sorted(spec.objects), 2) if spec.relation else [(spec.objects[0], spec.background)]
+        return any(share(self.config.salt, "held out", *words) < self.config.held_out for words in found)
 
     def spec(self, rng: random.Random, kind: str | None = None) -> SceneSpec:
-        """Draw what a scene shows. `kind` is "single", "pair" or "count"; None draws the kind too."""
+        """Draw what a scene shows. `kind` is one of KINDS; None draws the kind too."""
         c = self.config
-        kind = kind or rng.choices(("pair", "count", "single"), (c.pairs, c.counts, 1 - c.pairs - c.counts))[0]
-        background = rng.choice(list(BACKGROUNDS))
-        if kind == "pair":
-            return SceneSpec(tuple(rng.sample(self.names, 2)), background, relation=rng.choice(RELATIONS))
-        name = rng.choice(self.names)
+        shares = (1 - c.pairs - c.ands - c.triples - c.counts, c.pairs, c.ands, c.triples, c.counts)
+        kind = kind or rng.choices(KINDS, shares)[0]
+        background = rng.choice(list(COLOURS))
+        number = {"pair": 2, "and": 2, "triple": 3}.get(kind, 1)
+        objects = tuple(self._different(rng, number, background))
+        if kind == "and":
+            return SceneSpec(objects, background, relation=AND)
+        if number > 1:
+            return SceneSpec(objects, background, relation=rng.choice(RELATIONS if number == 2 else RELATIONS[2:]))
         if kind == "count":
-            return SceneSpec((name,), background, count=rng.choice(list(COUNTS)))
-        return SceneSpec((name,), background, size=rng.choice(("small", "large")) if rng.random() < c.sized else "")
+            return SceneSpec(objects, background, count=rng.choice(list(COUNTS)))
+        chance = rng.random()
+        if chance < c.sized:
+            return SceneSpec(objects, background, size=rng.choice(SIZES))
+        if chance < c.sized + c.styled and objects[0] in self.glyphs:
+            style = rng.choice([s for s in STYLES if s.partition(" ")[2] != background])
+            return SceneSpec(objects, background, style=style)
+        return SceneSpec(objects, background)
+
+    def _different(self, rng: random.Random, number: int, background: str) -> list[str]:
+        """Objects that differ from each other, none in the colour of the background."""
+        visible = [name for name in COLOURED_SHAPES if name.split()[0] != background]
+        found: list[str] = []
+        while len(found) < number:
+            name = rng.choice(visible if rng.random() < self.config.shapes else self.names)
+            if name not in found:
+                found.append(name)
+        return found
 
     def held_out_specs(self, n: int, seed: int, kind: str) -> list[SceneSpec]:
-        """n held-out combinations of one kind, canonical size, decided by the seed alone.
+        """n held-out combinations of emoji of one kind, "single", "pair" or "count", in canonical size and style,
+        decided by the seed alone.
 
-        None comes a second time before all came once: of single objects a corpus holds out only a few dozen. UsageError
-        when it holds out none.
+        None comes a second time before all came once: of single objects a corpus holds out only a few hundred.
+        UsageError when it holds out none.
         """
         rng, found = random.Random(f"held-out {kind} {seed}"), dict[SceneSpec, None]()
         known = self.held_out_count(kind)
@@ -247,101 +178,72 @@ class EmojiScenes:
             raise UsageError(f"the corpus holds out no {kind!r} scene; give it more objects or a larger held_out share")
         while len(found) < min(n, known):
             spec = self.spec(rng, kind)
-            if self.is_held_out(spec) and not spec.size:
+            if self.is_held_out(spec) and not spec.size and not spec.style and set(spec.objects) <= set(self.names):
                 found[spec] = None
         return [*islice(cycle(found), n)]
 
     def held_out_count(self, kind: str) -> int:
-        """How many different combinations of one kind are held out, of canonical size."""
+        """How many different combinations of one kind are held out, of emoji in canonical size and style."""
         if kind == "pair":
             pairs = sum(self.is_held_out(SceneSpec(p, "", RELATIONS[0])) for p in combinations(self.names, 2))
-            return pairs * 2 * len(RELATIONS) * len(BACKGROUNDS)
-        singles = sum(self.is_held_out(SceneSpec((name,), colour)) for name in self.names for colour in BACKGROUNDS)
+            return pairs * 2 * len(RELATIONS) * len(COLOURS)
+        singles = sum(self.is_held_out(SceneSpec((name,), colour)) for name in self.names for colour in COLOURS)
         return singles * (len(COUNTS) if kind == "count" else 1)
 
-    def scene(self, index: int) -> Scene:
-        """Training scene `index` with its ground truth."""
+    def training_spec(self, index: int) -> tuple[SceneSpec, random.Random]:
+        """What training scene `index` shows, and the dice that its words and places are drawn with."""
         rng = random.Random(f"{self.seed} {index}")
         spec = self.spec(rng)
         while self.is_held_out(spec):
             spec = self.spec(rng)
-        phrasing = 0 if rng.random() < CANONICAL_SHARE else rng.randrange(1, len(PHRASINGS))
-        return self.draw(spec, rng, phrasing)
+        return spec, rng
+
+    def scene(self, index: int) -> Scene:
+        """Training scene `index` with its ground truth."""
+        spec, rng = self.training_spec(index)
+        return self.draw(spec, rng, spec.said(rng, self.synonyms))
 
     def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], str]:
         scene = self.scene(index)
         return scene.image.transpose(2, 0, 1), scene.caption
 
-    def draw(self, spec: SceneSpec, rng: random.Random, phrasing: int = 0) -> Scene:
-        """Render a scene: every object at its place, jittered by what room there is."""
-        S = self.config.size
-        names = spec.objects if spec.relation else spec.objects * spec.count
-        image = Image.new("RGB", (S, S), BACKGROUNDS[spec.background])
-        masks = np.zeros((len(names), S, S), bool)
+    def draw(self, spec: SceneSpec, rng: random.Random, caption: str = "") -> Scene:
+        """Render a scene: every object in the middle of a box, which stands at a random place of those it may have.
+
+        caption: "" is the canonical one.
+        """
+        c = self.config
+        names = spec.objects if spec.relation else spec.objects * max(spec.count, 1)
+        image = Image.new("RGB", (c.size, c.size), COLOURS[spec.background])
+        masks = np.zeros((len(names), c.size, c.size), bool)
         boxes = []
-        for i, (name, (x, y)) in enumerate(zip(names, places(spec), strict=True)):
-            low, high = SIDES[spec.size] if len(names) == 1 else SIDES_BY_COUNT[len(names)]
-            middle = (low + high) / 2
-            side = round((middle + (rng.uniform(low, high) - middle) * self.config.spread) * S)
-            sprite = self.sprite(name, side)
-            room = [max(min(c, 1 - c) * S - side / 2, 0) * self.config.wander for c in (x, y)]
-            left = self.on_grid(x * S - sprite.width / 2 + rng.uniform(-1, 1) * room[0], sprite.width)
-            top = self.on_grid(y * S - sprite.height / 2 + rng.uniform(-1, 1) * room[1], sprite.height)
+        size = "small" if len(names) > 1 else spec.size
+        for i, (name, centre) in enumerate(zip(names, places(spec), strict=True)):
+            side = round(SIDES[size] * (1 - c.spread * rng.random()) * c.size)
+            sprite = self.sprite(name, side, spec.style, spec.background)
+            left, top = (
+                self._start(at, BOXES[size], rng) + round((BOXES[size] * c.size - own) / 2)
+                for at, own in zip(centre, sprite.size, strict=True)
+            )
             image.paste(sprite, (left, top), sprite)
             boxes.append((left, top, left + sprite.width, top + sprite.height))
-            cover = Image.new("L", (S, S))
+            cover = Image.new("L", (c.size, c.size))
             cover.paste(sprite.getchannel("A"), (left, top))
             masks[i] = np.asarray(cover) > 127
-        for i in range(len(names)):
-            masks[i] &= ~masks[i + 1 :].any(0)  # what a later object hides is not seen
-        return Scene(spec, spec.caption(phrasing), np.asarray(image), names, tuple(boxes), masks)
+        return Scene(spec, caption or spec.caption(), np.asarray(image), names, tuple(boxes), masks)
 
-    def on_grid(self, start: float, length: int) -> int:
-        """The multiple of the grid nearest to `start` at which something of this length stays inside the picture."""
-        grid = self.config.grid
-        return min(round(start / grid), max(self.config.size - length, 0) // grid) * grid
-
-    def sprite(self, name: str, side: int) -> Image.Image:
-        """The glyph of `name`, cropped to its ink and scaled so that its longer side is `side` pixels. RGBA."""
-        if (name, side) not in self._sprites:
-            ink = self._sprites.get((name, 0)) or self._render(name)
-            self._sprites[name, 0] = ink
-            scale = side / max(ink.size)
-            size = (max(1, round(ink.width * scale)), max(1, round(ink.height * scale)))
-            # Premultiplied, so that transparent pixels lend no colour to the edge.
-            self._sprites[name, side] = (
-                ink.convert("RGBa")
-                .resize(size, Image.Resampling.BOX if scale < 0.2 else Image.Resampling.LANCZOS)
-                .convert("RGBA")
-            )
-        return self._sprites[name, side]
-
-    @cached_property
-    def _font(self) -> ImageFont.FreeTypeFont:
-        # The font's only bitmap strike is 109 pixels per em.
-        return ImageFont.truetype(str(find_font()), 109, layout_engine=ImageFont.Layout.BASIC)
-
-    def _render(self, name: str) -> Image.Image:
-        from PIL import ImageDraw
-
-        canvas = Image.new("RGBA", (160, 160))
-        ImageDraw.Draw(canvas).text(
-            (10, 10), chr(int(self.glyphs[name].code, 16)), font=self._font, embedded_color=True
-        )
-        ink = canvas.getbbox()
-        if ink is None:
-            raise LdmError(
-                f"the emoji font has no glyph for {name!r} (U+{self.glyphs[name].code}); "
-                "install a newer Noto Color Emoji"
-            )
-        return canvas.crop(ink)
+    def _start(self, centre: float | None, box: float, rng: random.Random) -> int:
+        """Where a box begins along one axis, in pixels: a multiple of the grid at which it stays inside the picture."""
+        c = self.config
+        room = (1 - box) * c.size
+        if centre is not None:
+            return round((centre - box / 2) * c.size / c.grid) * c.grid
+        start = room / 2 * (1 + c.wander * rng.uniform(-1, 1))
+        return min(round(start / c.grid), int(room // c.grid)) * c.grid
 
 
-def places(spec: SceneSpec) -> tuple[tuple[float, float], ...]:
-    """The centres of a scene's objects, as shares of the side (x to the right, y down)."""
+def places(spec: SceneSpec) -> tuple[tuple[float | None, float | None], ...]:
+    """The centres of a scene's boxes, as shares of the side (x to the right, y down); None: anywhere."""
     if not spec.relation:
         return PLACES[spec.count]
-    first, second = PLACES[2]
-    if spec.relation in ("above", "below"):
-        first, second = first[::-1], second[::-1]
-    return (second, first) if spec.relation in ("to the right of", "below") else (first, second)
+    return PLACES[spec.relation + " two" * (len(spec.objects) == 3)]

@@ -1,6 +1,7 @@
 """Noise levels of networks that were trained on all of a range instead of on a table: EDM and flow matching."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -44,6 +45,17 @@ class FlowSchedule:
     shift_terminal: float | None = None
     twice: bool = True
     num_train_timesteps: int = 1000
+
+    @cached_property
+    def rates(self) -> tuple[Array, Array]:
+        """Signal and noise rate, 1 - s and s, of the levels s = shifted(1 / T) ... 1 of training: float64 [T]."""
+        s = self.shifted(np.arange(1, self.num_train_timesteps + 1) / self.num_train_timesteps)
+        return 1 - s, s
+
+    @property
+    def told(self) -> Array:
+        """What the network is told at every level of training: T s, float64 [T]."""
+        return self.num_train_timesteps * self.rates[1]
 
     def shifted(self, s: ArrayLike) -> Array:
         """s in 0..1 -> moved towards 1 by `shift`."""

@@ -31,6 +31,16 @@ def guided(denoise: Denoiser, scale: float, weights: Weights | None = None) -> D
     return guide
 
 
+def interval(start: float, stop: float, steps: int) -> range:
+    """Which of `steps` steps are guided where guidance begins and ends at these shares of them, 0..1: those that
+    `start` and `stop` of diffusers' guiders take. It may be none.
+
+    Guidance in a limited interval: Kynkaanniemi et al. 2024 (arXiv:2404.07724); outside of it the scale is 1. The paper
+    says it by noise levels; by steps, all network calls of a step are guided alike.
+    """
+    return range(int(start * steps), int(stop * steps))
+
+
 def guided_by_image(denoise: Denoiser, scale: float, image_scale: float, weights: Weights | None = None) -> Denoiser:
     """Guidance by a text and by a picture that the network sees: Brooks et al. 2023 (arXiv:2211.09800), eq. 3,
 

@@ -135,6 +135,16 @@ class NoiseSchedule:
         return table
 
     @cached_property
+    def rates(self) -> tuple[Array, Array]:
+        """Signal and noise rate of every timestep, sqrt(alphas_cumprod) and sqrt(1 - alphas_cumprod): float64 [T]."""
+        return np.sqrt(self.alphas_cumprod), np.sqrt(1 - self.alphas_cumprod)
+
+    @property
+    def told(self) -> NDArray[np.int64]:
+        """What the network is told at every level: the timesteps, int64 [T]."""
+        return np.arange(self.num_train_timesteps)
+
+    @cached_property
     def sigmas(self) -> Array:
         """sqrt((1 - alphas_cumprod) / alphas_cumprod), sigma in x = x0 + sigma noise: float64 [T], rising."""
         with np.errstate(divide="ignore"):

@@ -8,15 +8,18 @@ print(item.table())
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ldm.data.emoji import EmojiScenes, Scene, SceneSpec
+from ldm.data.emoji import EmojiScenes, Scene
+from ldm.data.words import SceneSpec
 from ldm.errors import UsageError
-from ldm.evaluation.alignment import Judge, Verdict, prompts
+from ldm.evaluation.judging import Judge, Verdict
+from ldm.evaluation.prompts import prompts_of
 from ldm.evaluation.scores import Score, as_json, cells, save_report, table
 from ldm.images import contact_sheet
 from ldm.pipeline import Pipeline
@@ -55,9 +58,8 @@ def jobs(scenes: EmojiScenes, n: int, seed: int = 0) -> list[tuple[SceneSpec, Sc
     """Fixed jobs "replace the object by X": X on a background, of the held-out prompts of `alignment` those of a single
     object, in their order; a rendered scene of another object on that background; and the box around that.
     """
-    single = [spec for spec in prompts(scenes, 2 * n) if not spec.relation][:n]
     found = []
-    for i, spec in enumerate(single):
+    for i, spec in enumerate(islice(prompts_of(scenes, "single object"), n)):
         rng = random.Random(f"replace {seed} {i}")
         other = rng.choice([name for name in scenes.names if name not in spec.objects])
         before = scenes.draw(SceneSpec((other,), spec.background), rng)
@@ -98,8 +100,8 @@ class Report:
 
     def scores(self) -> list[Score]:
         """What the pictures show, and what the same words show when they are drawn from nothing."""
-        plain = Score("from words alone: object, top-1", *_share([r.plain_verdict.objects[0] for r in self.rows]))
-        replaced = Score("replaced: object, top-1", *_share([r.verdict.objects[0] for r in self.rows]))
+        plain = Score("from words alone: object right", *_share([r.plain_verdict.objects[0] for r in self.rows]))
+        replaced = Score("replaced: object right", *_share([r.verdict.objects[0] for r in self.rows]))
         return [
             plain,
             replace(replaced, target=max(0.0, plain.share - NEAR)),

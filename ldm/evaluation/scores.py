@@ -54,9 +54,10 @@ def table(rows: Cells) -> str:
 
 
 def markdown(rows: Cells) -> str:
-    """As a Markdown table."""
+    """As a Markdown table, names to the left, intervals in the middle, all else to the right."""
     head, *body = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([head, "|---|--:|--:|:-:|--:|", *body])
+    sides = ("---", "--:", "--:", ":-:", *("--:",) * len(rows[0]))[: len(rows[0])]
+    return "\n".join([head, f"|{'|'.join(sides)}|", *body])
 
 
 def as_json(scores: Sequence[Score]) -> list[dict[str, object]]:
@@ -67,9 +68,11 @@ def as_json(scores: Sequence[Score]) -> list[dict[str, object]]:
     ]
 
 
-def save_report(folder: Path, name: str, report: Mapping[str, object], rows: Cells, sheet: Image.Image) -> None:
-    """Write NAME.json, NAME.md and NAME.png into a folder, each by rename."""
+def save_report(
+    folder: Path, name: str, report: Mapping[str, object], rows: Cells, sheet: Image.Image, notes: str = ""
+) -> None:
+    """Write NAME.json, NAME.md and NAME.png into a folder, each by rename. notes: a line below the table."""
     folder.mkdir(parents=True, exist_ok=True)
     atomic_json(folder / f"{name}.json", report)
-    atomic_text(folder / f"{name}.md", markdown(rows) + "\n")
+    atomic_text(folder / f"{name}.md", "\n\n".join(filter(None, (markdown(rows), notes))) + "\n")
     save(sheet, folder / f"{name}.png")

@@ -13,6 +13,7 @@ from ldm.errors import UsageError, choose
 from ldm.models.clip import CLIPTextConfig, CLIPVisionConfig
 from ldm.models.unet import UNetConfig
 from ldm.models.vae import VAEConfig
+from ldm.training.ema import gamma_of
 
 T = TypeVar("T")
 
@@ -39,6 +40,9 @@ class LoopConfig:
     max_skipped_steps: int = 0  # steps without a finite loss that are left out before the run stops
     ema_decay: float = 0.999  # of the averaged weights, which are the result; warmed up as (1 + n) / (10 + n)
     ema_every: int = 1  # steps between two updates of the average
+    # sigma_rel of averages that are kept as snapshots (0.05 and 0.1), of which `ldm train ema` makes one of any length
+    ema_profiles: tuple[float, ...] = ()
+    ema_snapshots_every: int = 0  # steps between two snapshots; some 30 in all are enough
     seed: int = 0
     device: str = "auto"  # "cpu", "cuda", or "auto": cuda if there is one
     mixed_precision: str = "no"  # "no", "bf16" or "fp16", accelerate's names
@@ -58,6 +62,11 @@ class LoopConfig:
         for name, low in (least | dict.fromkeys(("warmup_steps", "workers", "threads", "seed"), 0)).items():
             if getattr(self, name) < low:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least {low}")
+        every = self.ema_snapshots_every
+        if [*map(gamma_of, self.ema_profiles)] and (every < 1 or every % self.ema_every):
+            raise UsageError(
+                f"ema_snapshots_every is {every}; with ema_profiles it must be a multiple of ema_every {self.ema_every}"
+            )
 
 
 SMALL_VAE = functools.partial(
@@ -80,6 +89,7 @@ class FirstStageConfig:
     corpus: CorpusConfig = dataclasses.field(default_factory=CorpusConfig)
     vae: VAEConfig = dataclasses.field(default_factory=SMALL_VAE)
     kl_weight: float = 1e-3  # of the KL divergence per latent value
+    square_weight: float = 0.0  # of the squared error, which is what PSNR measures
     edge_weight: float = 1.0  # of the error of horizontal and vertical differences
     scales: int = 3  # the pixel error is taken at full size, halved, quartered ...
     crop: int = 40  # side of the squares cut around objects that the first `crops` steps see instead of whole scenes
@@ -96,6 +106,7 @@ class ClipConfig:
     loop: LoopConfig
     corpus: CorpusConfig = dataclasses.field(default_factory=CorpusConfig)
     vocab_size: int = 1024
+    foretold_weight: float = 0.0  # of the error of the pictures that the text foretells, beside the contrast
     text: CLIPTextConfig = dataclasses.field(default_factory=CLIPTextConfig)
     vision: CLIPVisionConfig = dataclasses.field(default_factory=CLIPVisionConfig)
 

@@ -21,6 +21,7 @@ from ldm.checkpoints.load import Bare, load_into
 from ldm.checkpoints.safe import atomic_json, atomic_save_safetensors, read_json, write_manifest
 from ldm.conditioning import encoder_of
 from ldm.data.emoji import EmojiScenes
+from ldm.diffusion.continuous import FlowSchedule
 from ldm.diffusion.losses import DiffusionLoss
 from ldm.errors import UsageError
 from ldm.models.tiny_vae import AutoencoderTiny
@@ -35,6 +36,7 @@ from ldm.training.first_stage import HELD_OUT_SEED, tile, to_signal
 from ldm.training.loop import RESULT, Batch, Stage, generator
 
 HELD_OUT_SCENES = 256
+FLOW = "flow"  # the prediction type that has no table of betas
 ENCODED_AT_ONCE = 64
 log = logging.getLogger(__name__)
 
@@ -101,6 +103,8 @@ def scheduler_config(config: DenoiserConfig) -> dict[str, object]:
     """The scheduler_config.json of the trained model; a scheduler that takes zero terminal SNR starts at the very end
     ("trailing").
     """
+    if config.prediction_type == FLOW:
+        return {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0}
     return {
         "_class_name": "DDIMScheduler",
         "num_train_timesteps": 1000,
@@ -204,7 +208,8 @@ def denoiser(config: DenoiserConfig) -> Stage:
         raise UsageError(f"latents is {config.latents}; it must be at least loop.batch_size, {config.loop.batch_size}")
     frozen = components(config)
     scenes = EmojiScenes(config.corpus, config.loop.seed)
-    schedule, prediction = network_of(frozen.scheduler_config)
+    flow = config.prediction_type == FLOW
+    schedule, prediction = (FlowSchedule(), FLOW) if flow else network_of(frozen.scheduler_config)
     objective = LatentDiffusion(config, frozen, DiffusionLoss(schedule, prediction, config.snr_gamma or None))
     unseen = EmojiScenes(config.corpus, HELD_OUT_SEED)
     mean, _, ids = encode(frozen.vae, words_of(frozen).tokenizer, unseen, HELD_OUT_SCENES)

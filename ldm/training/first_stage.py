@@ -90,7 +90,7 @@ class FirstStage(nn.Module):
         y = self.vae.decode(self.vae.config.scaling_factor * (mean + (0.5 * logvar).exp() * noise))
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         pixel, edge = multiscale_l1(x, y, c.scales), edge_l1(x, y)
-        reconstruction = pixel + c.edge_weight * edge
+        reconstruction = pixel + c.edge_weight * edge + c.square_weight * (x - y).square().mean()
         loss = reconstruction + c.kl_weight * kl
         figures = {
             "pixel": pixel.detach(),

@@ -29,6 +29,7 @@ from ldm.errors import LdmError, NumericalError, UsageError
 from ldm.training.config import LoopConfig
 from ldm.training.ema import EMA
 from ldm.training.optimizers import RATES, Group, make_optimizer
+from ldm.training.posthoc import Profiles
 from ldm.training.record import Record
 from ldm.training.state import load_state, newest, save_state
 from ldm.training.world import agreed, averaged, common_state, joined, told_by_main
@@ -159,7 +160,8 @@ def train(stage: Stage, c: LoopConfig, run: dict[str, Any], ema: EMA) -> Iterato
     optimizer = make_optimizer(c.optimizer, groups, c)
     ema.model.to(accelerator.device)
     objective, optimizer = accelerator.prepare(stage.objective, optimizer)
-    modules = {"objective": accelerator.unwrap_model(objective), "ema": ema.model}
+    profiles = Profiles(stage.model, c).to(accelerator.device)
+    modules = {"objective": accelerator.unwrap_model(objective), "ema": ema.model, "profiles": profiles}
     # `passes` batches a step, made ahead by the workers. Process r of n takes every n-th.
     passes, n = c.gradient_accumulation_steps, accelerator.num_processes
     run = run | {"batches_per_step": passes * n}
@@ -190,14 +192,14 @@ def train(stage: Stage, c: LoopConfig, run: dict[str, Any], ema: EMA) -> Iterato
                 tell_skipped(step + 1, skipped, c)
             elif (step + 1) % c.ema_every == 0:
                 ema.update(step // c.ema_every)
+            profiles.after(step + 1)
             last, logged, saved = step + 1 == c.steps, dict[str, float](), None
             saving = last or bool(stopped) or (step + 1) % c.save_every == 0
             if saving or (step + 1) % c.log_every == 0 or (step + 1) % c.sample_every == 0:
                 logged = averaged(accelerator, figures | {"loss": mean, "grad_norm": norm})
                 logged |= {"lr": optimizer.param_groups[0]["lr"], "skipped": skipped}
             if saving:
-                kept = {"skipped": skipped, **scaling(accelerator)}
-                whole = (modules, optimizer.optimizer, run, c.keep_states, kept)
+                whole = (modules, optimizer.optimizer, run, c.keep_states, {"skipped": skipped} | scaling(accelerator))
                 saved = told_by_main(partial(save_state, Path(c.out), step + 1, *whole))
             progress = Progress(step + 1, logged, saved, 0 if last else stopped)
             if stopped:

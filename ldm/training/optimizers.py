@@ -12,8 +12,10 @@ from torch.optim import Optimizer
 
 from ldm.errors import LdmError, UsageError, choose
 from ldm.training.config import LoopConfig
+from ldm.training.muon import Muon
 
 END = 1e-7  # learning rate at which "polynomial" ends: diffusers' lr_end
+MUON_MOMENTUM = 0.95
 Options = list[dict[str, Any]]
 
 
@@ -88,6 +90,11 @@ def _sgd(groups: Options, c: LoopConfig) -> Optimizer:
     return torch.optim.SGD(groups, momentum=c.beta1, weight_decay=c.weight_decay)
 
 
+def _muon(groups: Options, c: LoopConfig) -> Optimizer:
+    """Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon), with AdamW's scale and AdamW for the vectors."""
+    return Muon(groups, (c.beta1, c.beta2), c.epsilon, c.weight_decay, MUON_MOMENTUM)
+
+
 def _package(name: str, optimizer: str) -> Any:
     if find_spec(name) is None:
         raise LdmError(f"{name} is not installed, and {optimizer} needs it; run: pip install {name}, or use adamw")
@@ -97,6 +104,7 @@ def _package(name: str, optimizer: str) -> Any:
 OPTIMIZERS: dict[str, Callable[[Options, LoopConfig], Optimizer]] = {
     "adamw": _adamw,
     "adamw8bit": _adamw8bit,
+    "muon": _muon,
     "prodigy": _prodigy,
     "sgd": _sgd,
 }

@@ -1,0 +1,131 @@
+"""Which choices make the model in the box better: every row of a table is trained, twice or more, and judged.
+
+    python bench/recipes.py configs/experiments.yaml -o runs/experiments     # goes on where it was stopped
+    python bench/recipes.py configs/experiments.yaml -o runs/experiments --table
+
+The YAML file names a base (the three stages' configurations, small) and rows, each of which changes one thing in it.
+A stage whose configuration two rows share is trained once for each seed. Written after each run: OUT/results.jsonl.
+"""
+
+import argparse
+import copy
+import hashlib
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ldm.data.emoji import CorpusConfig, EmojiScenes
+from ldm.evaluation.alignment import Report, evaluate
+from ldm.evaluation.reconstruction import first_stage_psnr
+from ldm.pipeline import Pipeline
+from ldm.training.clip import clip
+from ldm.training.config import ClipConfig, DenoiserConfig, FirstStageConfig, checked
+from ldm.training.denoiser import denoiser
+from ldm.training.first_stage import first_stage
+from ldm.training.loop import RESULT, run_stage
+
+Fields = dict[str, Any]
+STAGES = {
+    "first_stage": (FirstStageConfig, first_stage),
+    "clip": (ClipConfig, clip),
+    "denoiser": (DenoiserConfig, denoiser),
+}
+
+
+def changed(base: Fields, changes: Fields) -> Fields:
+    """Nested fields with dotted ones put in place: {"loop.steps": 10}."""
+    fields = copy.deepcopy(base)
+    for key, value in changes.items():
+        *parents, last = key.split(".")
+        inner = fields
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+        inner[last] = value
+    return fields
+
+
+def trained(name: str, fields: Fields, out: Path) -> Path:
+    """The result folder of a stage, trained unless it was before."""
+    kind, make = STAGES[name]
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
+    folder = out / f"{name}-{digest}"
+    if not (folder / RESULT).is_dir():
+        config = checked(changed(fields, {"loop.out": str(folder)}), kind, name)
+        for _ in run_stage(make(config), config):
+            pass
+    return folder / RESULT
+
+
+def runs(plan: Fields) -> Iterator[tuple[str, int, dict[str, Fields], Fields]]:
+    """(row, seed, fields of each stage, how it is drawn), row by row."""
+    for row in [{"row": "base"}, *plan["rows"]]:
+        for seed in plan["seeds"]:
+            common = {"loop.seed": seed} | {
+                f"corpus.{k}": v for k, v in (plan["corpus"] | row.get("corpus", {})).items()
+            }
+            stages = {name: changed(plan["base"][name], common | row.get(name, {})) for name in STAGES}
+            yield row["row"], seed, stages, row.get("drawing", {})
+
+
+def measured(stages: dict[str, Fields], drawing: Fields, plan: Fields, out: Path) -> Fields:
+    """The scores of a row's model; `seconds` are those of the training that was not done before."""
+    begun = time.perf_counter()
+    vae, words = (trained(name, stages[name], out) for name in ("first_stage", "clip"))
+    model = trained("denoiser", stages["denoiser"] | {"first_stage": str(vae), "clip": str(words)}, out)
+    seconds = time.perf_counter() - begun
+    scenes = EmojiScenes(checked(stages["denoiser"]["corpus"], CorpusConfig, "corpus"))
+    pipeline = Pipeline.from_pretrained(str(model))
+    *_, report = evaluate(pipeline, scenes, plan["prompts"], seed=0, **drawing)
+    assert isinstance(report, Report)
+    scores = {score.name: score.share for score in report.scores()}
+    log = [json.loads(line) for line in (model.parent / "log.jsonl").read_text().splitlines()]
+    loss = next(row["held_out_loss"] for row in reversed(log) if "held_out_loss" in row)
+    return {"seconds": seconds, "psnr": first_stage_psnr(pipeline.vae, scenes), "held_out_loss": loss, "scores": scores}
+
+
+def table(results: list[Fields], plan: Fields) -> str:
+    """Markdown: means over the seeds, and their range where it is wider than what is shown."""
+    shown = plan["shown"]
+    lines = ["| row | seeds | minutes | PSNR | held-out loss | " + " | ".join(shown) + " |"]
+    lines.append("|---|--:|--:|--:|--:|" + "--:|" * len(shown))
+    for row in dict.fromkeys(result["row"] for result in results):
+        own = [result for result in results if result["row"] == row]
+        figures = [[r["seconds"] / 60 for r in own], [r["psnr"] for r in own], [r["held_out_loss"] for r in own]]
+        cells = [f"{statistics.mean(v):.{d}f}" for v, d in zip(figures, (1, 1, 3), strict=True)]
+        for name in shown:
+            scores = [100 * r["scores"][name] for r in own if name in r["scores"]]
+            cells.append(f"{statistics.mean(scores):.0f} ({min(scores):.0f}..{max(scores):.0f})" if scores else "")
+        lines.append(f"| {row} | {len(own)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Train and judge what is missing; print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("plan", type=Path)
+    parser.add_argument("-o", "--out", type=Path, default=Path("runs/experiments"))
+    parser.add_argument("--table", action="store_true", help="print the table of what was run, and run nothing")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so long")
+    args = parser.parse_args()
+    plan = yaml.safe_load(args.plan.read_text("utf-8"))
+    kept, begun = args.out / "results.jsonl", time.monotonic()
+    results = [json.loads(line) for line in kept.read_text().splitlines()] if kept.is_file() else []
+    done = {(result["row"], result["seed"]) for result in results}
+    for row, seed, stages, drawing in runs(plan):
+        if args.table or (row, seed) in done or time.monotonic() - begun > 60 * args.minutes:
+            continue
+        result = {"row": row, "seed": seed, **measured(stages, drawing, plan, args.out)}
+        print(json.dumps(result), flush=True)
+        results.append(result)
+        with kept.open("a") as file:
+            file.write(json.dumps(result) + "\n")
+    print(table(results, plan))
+
+
+if __name__ == "__main__":
+    main()
