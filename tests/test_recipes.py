@@ -130,7 +130,11 @@ def test_the_flagship_is_as_large_as_it_may_be() -> None:
     assert f"has {2 * sum(sizes.values()):.1f} MB" in " ".join(header(FILES["flagship", "denoiser"]))
     for stage in ORDER:
         c = of("flagship", stage).loop
-        assert c.mixed_precision == "bf16" and c.workers >= 8 and c.save_every <= c.steps / 4
+        assert (
+            c.mixed_precision == ("no" if stage == "clip" else "bf16")
+            and c.workers >= 8
+            and c.save_every <= c.steps / 4
+        )
 
 
 # -- `make weights` ---------------------------------------------------------------------------------------------------
@@ -240,8 +244,8 @@ def test_the_quick_recipe_draws_what_it_is_told(run, tmp_path: Path) -> None:
     """From nothing to a model whose held-out single objects and backgrounds are right far more often than by chance,
     which is one in ten of both; the first stage and the classifier are better than chance, too.
 
-    Last run 2026-11-22: 28 and 51 of 60, in the fast mode 17 and 24; 19.8 dB, by mean colours 16.4; 289 s beside a
-    training and another test, on two cores.
+    Last run 2026-11-22: passed; 28 and 51 of 60, in the fast mode 17 and 24; 19.8 dB, by mean colours 16.4; 280 CPU
+    seconds beside a training on the same two cores.
     """
     (tmp_path / "configs").symlink_to(CONFIGS)
     figures = {}

@@ -112,7 +112,8 @@ class Contrastive(nn.Module):
 def learn_tokenizer(scenes: EmojiScenes, config: ClipConfig) -> CLIPTokenizer:
     """A byte-level BPE in CLIP's form, learned from the corpus's captions."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would not survive the fork of the workers
-    captions = [scenes.scene(i).caption for i in range(TOKENIZER_CAPTIONS)]
+    specs = map(scenes.training_spec, range(TOKENIZER_CAPTIONS))
+    captions = [spec.said(dice, scenes.synonyms) for spec, dice in specs]  # as `scene` says them, without drawing
     return CLIPTokenizer.train(captions, config.vocab_size, config.text.max_position_embeddings)
 
 

@@ -5,11 +5,11 @@ sec. 3.3).
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -31,9 +31,10 @@ from ldm.pipeline import Pipeline
 from ldm.schedulers import network_of
 from ldm.text.encoder import TextEncoder
 from ldm.text.tokenizer import CLIPTokenizer
+from ldm.training.clip import CaptionedBatches
 from ldm.training.config import DenoiserConfig
 from ldm.training.first_stage import HELD_OUT_SEED, tile, to_signal
-from ldm.training.loop import RESULT, Batch, Stage, generator
+from ldm.training.loop import RESULT, Batch, Stage, ahead, device_of, generator
 
 HELD_OUT_SCENES = 256
 FLOW = "flow"  # the prediction type that has no table of betas
@@ -171,18 +172,21 @@ def config_window(text_encoder: nn.Module) -> int:
 
 
 @torch.inference_mode()
-def encode(vae: AutoencoderKL | AutoencoderTiny, tokenizer: CLIPTokenizer, scenes: EmojiScenes, count: int) -> Batch:
-    """Scenes 0 ... count - 1 as (means, deviations) float16 [N, C, H, W], unscaled, and caption ids int32 [N, T]."""
-    means, stds, ids = [], [], []
-    for first in range(0, count, ENCODED_AT_ONCE):
-        images, captions = zip(*(scenes[i] for i in range(first, min(first + ENCODED_AT_ONCE, count))), strict=True)
-        mean, logvar = vae.posterior(to_signal(torch.from_numpy(np.stack(images))).to(next(vae.parameters()).device))
-        means.append(mean.half().cpu())
-        stds.append((0.5 * logvar).exp().half().cpu())
-        ids.append(tokenizer(list(captions)).ids.int())
-        if first % (100 * ENCODED_AT_ONCE) == 0:
-            log.info("encoded %d of %d scenes", first, count)
-    return tuple(torch.cat(parts) for parts in (means, stds, ids))
+def encode(
+    vae: AutoencoderKL | AutoencoderTiny, tokenizer: CLIPTokenizer, scenes: EmojiScenes, count: int, workers: int = 0
+) -> Batch:
+    """Scenes 0 ... count - 1 as (means, deviations) float16 [N, C, H, W], unscaled, and caption ids int32 [N, T].
+
+    workers: processes that render ahead; 0 renders in this one.
+    """
+    device, parts = next(vae.parameters()).device, list[Batch]()
+    batches = CaptionedBatches(scenes, tokenizer, ENCODED_AT_ONCE)
+    for number, (images, ids) in ahead(batches, range(math.ceil(count / ENCODED_AT_ONCE)), workers):
+        mean, logvar = vae.posterior(to_signal(images.to(device)))
+        parts.append((mean.half().cpu(), (0.5 * logvar).exp().half().cpu(), ids.int()))
+        if number % 100 == 0:
+            log.info("encoded %d of %d scenes", number * ENCODED_AT_ONCE, count)
+    return tuple(torch.cat(column)[:count] for column in zip(*parts, strict=True))
 
 
 def cached(config: DenoiserConfig, frozen: Components, scenes: EmojiScenes) -> Batch:
@@ -196,7 +200,7 @@ def cached(config: DenoiserConfig, frozen: Components, scenes: EmojiScenes) -> B
     path = Path(config.loop.out) / f"latents-{digest.hexdigest()[:16]}.safetensors"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        encoded = encode(frozen.vae, words.tokenizer, scenes, config.latents)
+        encoded = encode(frozen.vae, words.tokenizer, scenes, config.latents, config.loop.workers)
         atomic_save_safetensors(dict(zip(("mean", "std", "ids"), encoded, strict=True)), path)
     kept = load_file(path)
     return kept["mean"], kept["std"], kept["ids"]
@@ -207,6 +211,7 @@ def denoiser(config: DenoiserConfig) -> Stage:
     if config.latents < config.loop.batch_size:
         raise UsageError(f"latents is {config.latents}; it must be at least loop.batch_size, {config.loop.batch_size}")
     frozen = components(config)
+    frozen.vae.to(device_of(config.loop.device, config.loop.threads))
     scenes = EmojiScenes(config.corpus, config.loop.seed)
     flow = config.prediction_type == FLOW
     schedule, prediction = (FlowSchedule(), FLOW) if flow else network_of(frozen.scheduler_config)

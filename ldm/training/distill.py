@@ -42,7 +42,7 @@ from ldm.text.encoder import TextEncoder
 from ldm.training.config import DenoiserConfig, LoopConfig
 from ldm.training.denoiser import LatentBatches, cached, encode, sample_prompts, words_of
 from ldm.training.first_stage import HELD_OUT_SEED, tile
-from ldm.training.loop import RESULT, Batch, Stage, generator
+from ldm.training.loop import RESULT, Batch, Stage, device_of, generator
 
 HELD_OUT_SCENES = 64
 SCALING, DATA = 10.0, 0.5  # LCMScheduler's timestep_scaling, and the deviation of the data in eq. 9
@@ -210,6 +210,7 @@ def distill(config: DistillConfig) -> Stage:
     if frozen.task != "text-to-image" or not isinstance(encoder_of(frozen), TextEncoder):
         raise UsageError(f"{frozen.name} does not draw from texts of one CLIP encoder; distil a model that does")
     frozen.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
+    frozen.vae.to(device_of(c.loop.device, c.loop.threads))
     torch.manual_seed(c.loop.seed)
     networks = {"unet": frozen.unet}
     paths = Paths(*network_of(frozen.scheduler_config), c.points, c.skip)
