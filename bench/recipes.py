@@ -4,6 +4,7 @@
     python bench/recipes.py configs/experiments.yaml -o runs/experiments --table
 
 The YAML file names a base (the three stages' configurations, small) and rows, each of which changes one thing in it.
+Held-out losses compare only rows of one first stage and one target.
 A stage whose configuration two rows share is trained once for each seed. Written after each run: OUT/results.jsonl.
 """
 
@@ -21,6 +22,7 @@ import yaml
 
 from ldm.data.emoji import CorpusConfig, EmojiScenes
 from ldm.evaluation.alignment import Report, evaluate
+from ldm.evaluation.drawing import Drawing
 from ldm.evaluation.reconstruction import first_stage_psnr
 from ldm.pipeline import Pipeline
 from ldm.training.clip import clip
@@ -80,7 +82,7 @@ def measured(stages: dict[str, Fields], drawing: Fields, plan: Fields, out: Path
     seconds = time.perf_counter() - begun
     scenes = EmojiScenes(checked(stages["denoiser"]["corpus"], CorpusConfig, "corpus"))
     pipeline = Pipeline.from_pretrained(str(model))
-    *_, report = evaluate(pipeline, scenes, plan["prompts"], seed=0, **drawing)
+    *_, report = evaluate(pipeline, scenes, plan["prompts"], Drawing(**drawing))
     assert isinstance(report, Report)
     scores = {score.name: score.share for score in report.scores()}
     log = [json.loads(line) for line in (model.parent / "log.jsonl").read_text().splitlines()]

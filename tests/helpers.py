@@ -3,7 +3,9 @@
 import copy
 import copyreg
 import io
+import json
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -69,6 +71,21 @@ def without_sockets(patch: pytest.MonkeyPatch) -> None:
 def pixels(path: Path | str) -> np.ndarray:
     with Image.open(path) as image:
         return np.asarray(image)
+
+
+VELOCITY = {
+    "_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
+    "beta_schedule": "scaled_linear", "prediction_type": "v_prediction", "rescale_betas_zero_snr": True,
+    "timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True, "steps_offset": 1,
+}  # fmt: skip
+
+
+def of_velocity(model: Path, folder: Path) -> Path:
+    """A copy of a model that predicts v with zero terminal SNR, and draws in three steps with guidance 2.5."""
+    shutil.copytree(model, folder)
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(VELOCITY))
+    (folder / "generation_config.json").write_text('{"num_inference_steps": 3, "guidance_scale": 2.5}')
+    return folder
 
 
 def small_model(folder: Path, tokens: int = 514, widths: tuple[int, ...] = (8, 16)) -> Path:

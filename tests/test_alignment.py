@@ -20,8 +20,9 @@ from ldm.data.emoji import CorpusConfig, EmojiScenes
 from ldm.data.glyphs import COLOURED_SHAPES, COLOURS, STYLES
 from ldm.data.words import AND, COUNTS, RELATIONS, SIZES, SceneSpec
 from ldm.errors import UsageError
-from ldm.evaluation.alignment import Judged, Report, evaluate, ground_truth
+from ldm.evaluation.alignment import Judged, Report, evaluate
 from ldm.evaluation.classes import classes
+from ldm.evaluation.drawing import Drawing, ground_truth
 from ldm.evaluation.judging import Judge, stands
 from ldm.evaluation.matching import HALVES, SIDE, Sighting, halves, rivals, shrunk
 from ldm.evaluation.prompts import CATEGORIES, GlyphScenes, category_of, glyph_prompts, prompts, prompts_of, turns
@@ -458,7 +459,7 @@ class Oracle:
         self.calls.append((prompt, fields))
         specs = [SceneSpec(("owl",), "black") if p in self.missed else self.known[p] for p in prompt]
         drawn = [self.scenes.draw(each, random.Random(s)) for each, s in zip(specs, fields["seed"], strict=True)]
-        return SimpleNamespace(images=np.stack([d.image for d in drawn]).astype(np.float32) / 255)
+        return SimpleNamespace(images=[Image.fromarray(d.image) for d in drawn])
 
 
 def test_evaluate_and_its_report(few, tmp_path):
@@ -466,9 +467,9 @@ def test_evaluate_and_its_report(few, tmp_path):
     scenes, specs = few.scenes, prompts(few.scenes, 12)
     missed = specs[4].caption()  # of two of position
     oracle = Oracle(scenes, specs, [missed])
-    *rows, report = evaluate(oracle, scenes, 12, seed=5, steps=3, batch_size=5)
-    assert [len(prompt) for prompt, _ in oracle.calls] == [5, 5, 2]
-    assert oracle.calls[1][1]["seed"] == (10, 11, 12, 13, 14) and oracle.calls[0][1]["num_inference_steps"] == 3
+    *rows, report = evaluate(oracle, scenes, 12, Drawing(seed=5, steps=3))
+    assert [len(prompt) for prompt, _ in oracle.calls] == [8, 4]
+    assert oracle.calls[1][1]["seed"] == (13, 14, 15, 16) and oracle.calls[0][1]["num_inference_steps"] == 3
     assert all(isinstance(r, Judged) for r in rows) and isinstance(report, Report) and report.rows == tuple(rows)
     assert [(r.index, r.total, r.seed) for r in rows] == [(i, 12, 5 + i) for i in range(12)]
     assert [r.spec for r in rows] == specs and rows[4].prompt == missed

@@ -14,6 +14,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from helpers import VELOCITY, of_velocity
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -33,13 +34,8 @@ from ldm.training.first_stage import to_signal
 from ldm.training.loop import run_stage
 from ldm.training.tiny_decoder import TinyAutoencoding, TinyDecoderConfig, tiny_decoder
 
-SCHEDULER = {
-    "_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
-    "beta_schedule": "scaled_linear", "prediction_type": "v_prediction", "rescale_betas_zero_snr": True,
-    "timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True, "steps_offset": 1,
-}  # fmt: skip
-STOCK = {name: value for name, value in SCHEDULER.items() if not name.startswith("_")}
-ZERO_SNR, PLAIN = NoiseSchedule.from_config(SCHEDULER), NoiseSchedule.scaled_linear()
+STOCK = {name: value for name, value in VELOCITY.items() if not name.startswith("_")}
+ZERO_SNR, PLAIN = NoiseSchedule.from_config(VELOCITY), NoiseSchedule.scaled_linear()
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     # diffusers with numpy 2
@@ -63,10 +59,7 @@ def runs_as_of_tests() -> Iterator[None]:
 def finished(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small model of random numbers that predicts v with zero terminal SNR."""
     folder = tmp_path_factory.mktemp("finished") / "small"
-    shutil.copytree(model, folder)
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
-    (folder / "generation_config.json").write_text('{"num_inference_steps": 3, "guidance_scale": 2.5}')
-    return folder
+    return of_velocity(model, folder)
 
 
 def configured(folder: Path, out: Path, **options: object) -> DistillConfig:

@@ -12,7 +12,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from helpers import Done, pixels, refused, write_adapters
+from helpers import Done, of_velocity, pixels, refused, write_adapters
 from torch import nn
 
 from ldm.adapters.names import book_of
@@ -30,11 +30,6 @@ from ldm.recipe import digests, read
 from ldm.training.distill import fast_defaults
 from ldm.training.first_stage import save_model
 
-SCHEDULER = {
-    "_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
-    "beta_schedule": "scaled_linear", "prediction_type": "v_prediction", "rescale_betas_zero_snr": True,
-    "timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True, "steps_offset": 1,
-}  # fmt: skip
 pytestmark = pytest.mark.usefixtures("one_thread", "quick")
 
 
@@ -61,10 +56,7 @@ def random_tiny(path: Path, levels: int = 2) -> None:
 def slow(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small model that predicts v with zero terminal SNR, and has no fast mode."""
     folder = tmp_path_factory.mktemp("models") / "small"
-    shutil.copytree(model, folder)
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
-    (folder / "generation_config.json").write_text('{"num_inference_steps": 3, "guidance_scale": 2.5}')
-    return folder
+    return of_velocity(model, folder)
 
 
 @pytest.fixture(scope="module")

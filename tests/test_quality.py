@@ -15,12 +15,13 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from ldm.checkpoints.safe import check_manifest, read_json
-from ldm.cli.quality import quality
+from ldm.cli.evaluate import quality
 from ldm.data.emoji import CorpusConfig, EmojiScenes
 from ldm.data.glyphs import COLOURED_SHAPES, COLOURS
 from ldm.data.words import SceneSpec
 from ldm.errors import LdmError, ModelError, UsageError
 from ldm.evaluation.distances import fid
+from ldm.evaluation.drawing import Drawing
 from ldm.evaluation.features import features, fitted, open_classifier, read_pictures
 from ldm.evaluation.memorisation import Nearest, embedding, memory, nearest, renderings, to_own
 from ldm.evaluation.prompts import prompts
@@ -293,7 +294,7 @@ class Painter:
 
 
 def judged(painter, scenes, specs, network):
-    *numbers, report = evaluate(painter, scenes, specs, network, seed=5, training=TRAINING)
+    *numbers, report = evaluate(painter, scenes, specs, network, Drawing(seed=5), TRAINING)
     assert numbers == list(range(1, len(specs) + 1)) and isinstance(report, Report)
     return report
 
@@ -378,7 +379,7 @@ def test_the_command(noto_font, tmp_path, monkeypatch):
     app = typer.Typer()
     app.command()(quality)
     scenes = EmojiScenes(dataclasses.replace(CORPUS, size=16))
-    monkeypatch.setattr(import_module("ldm.cli.quality"), "scenes_of", lambda *_: scenes)  # beside a command so named
+    monkeypatch.setattr(import_module("ldm.cli.evaluate"), "scenes_of", lambda *_: scenes)  # the name is also an app's
     model = small_model(tmp_path / "model")
     torch.manual_seed(0)
     network = SceneClassifier(shape(scenes, **SMALL))

@@ -56,7 +56,7 @@ def header(path: Path) -> list[str]:
 @cache
 def of(recipe: str, stage: str) -> Any:
     """A stage's configuration, read by its own class."""
-    file, kind = STAGES[stage]
+    file, kind, _ = STAGES[stage]
     return read_config(FILES[recipe, stage], getattr(import_module(f"ldm.training.{file}"), kind))
 
 
@@ -87,6 +87,9 @@ def test_the_stages_of_a_recipe_fit(recipe: str) -> None:
     vae, words, unet = (of(recipe, stage) for stage in ORDER[:3])
     assert all(of(recipe, stage).corpus == vae.corpus for stage in ORDER)
     assert (unet.first_stage, unet.clip) == (f"{vae.loop.out}/result", f"{words.loop.out}/result")
+    tiny, distilled, seen = (of(recipe, stage) for stage in ORDER[3:])
+    assert unet.weights and {tiny.weights, distilled.model, distilled.weights, seen.weights} == {unet.weights}
+    assert tiny.first_stage == unet.first_stage
     outs = [of(recipe, stage).loop.out for stage in ORDER]
     assert len({*outs}) == len(outs)
     side = vae.corpus.size

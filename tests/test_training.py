@@ -734,7 +734,7 @@ def test_overrides_refuse(tmp_path: Path) -> None:
 
 
 KINDS: dict[str, type[Any]] = {
-    file: getattr(import_module(f"ldm.training.{file}"), kind) for file, kind in COMMANDS.values()
+    file: getattr(import_module(f"ldm.training.{file}"), kind) for file, kind, _ in COMMANDS.values()
 }
 
 

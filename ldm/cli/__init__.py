@@ -23,7 +23,6 @@ from ldm.cli.grid import grid
 from ldm.cli.info import info
 from ldm.cli.lora import app as lora
 from ldm.cli.merge import merge
-from ldm.cli.quality import quality
 from ldm.cli.schedulers import schedulers
 from ldm.cli.train import app as train
 from ldm.cli.train_lora import own_name, train_lora
@@ -40,7 +39,6 @@ app = typer.Typer(
 )
 app.add_typer(train, name="train")
 app.add_typer(data, name="data")
-evaluate.command(epilog=examples("ldm eval quality", "ldm eval quality --pictures out/drawn --json"))(quality)
 app.add_typer(evaluate, name="eval")
 app.add_typer(lora, name="lora")
 app.command(

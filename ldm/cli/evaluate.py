@@ -13,6 +13,21 @@ from ldm.errors import UsageError
 if TYPE_CHECKING:
     from ldm.data.emoji import CorpusConfig, EmojiScenes
 
+Seed = Annotated[
+    int, typer.Option("--seed", parser=whole(0), metavar="N", help="of the first picture; the next ones count up")
+]
+SchedulerName = Annotated[str | None, typer.Option("--scheduler", metavar="TEXT", help="absent = the model's")]
+Steps = Annotated[int | None, typer.Option("--steps", parser=whole(), metavar="N", help="absent = the model's")]
+Guidance = Annotated[
+    float | None, typer.Option("--guidance", parser=number, metavar="NUMBER", help="absent = the model's")
+]
+Fast = Annotated[bool, typer.Option("--fast", help="draw in the model's fast mode")]
+Config = Annotated[
+    Path | None, typer.Option("--config", metavar="FILE", help="the denoiser's YAML file, for an unusual corpus")
+]
+Output = Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="where table, verdicts and pictures go")]
+AsJson = Annotated[bool, typer.Option("--json", help="print the report as JSON in place of the table")]
+
 app = typer.Typer(help="Judge a model.", epilog=examples("ldm eval alignment"))
 
 
@@ -31,34 +46,24 @@ def group() -> None:
 def alignment(
     model: Model = None,
     n: Annotated[int, typer.Option("--n", "-n", parser=whole(1), metavar="N", help="prompts")] = 500,
-    seed: Annotated[
-        int, typer.Option("--seed", parser=whole(0), metavar="N", help="of the first picture; the next ones count up")
-    ] = 0,
+    seed: Seed = 0,
     seen: Annotated[
         bool, typer.Option("--seen", help="ask for combinations that training may see, instead of those held out of it")
     ] = False,
-    scheduler: Annotated[str | None, typer.Option("--scheduler", metavar="TEXT", help="absent = the model's")] = None,
-    steps: Annotated[
-        int | None, typer.Option("--steps", parser=whole(), metavar="N", help="absent = the model's")
-    ] = None,
-    guidance: Annotated[
-        float | None, typer.Option("--guidance", parser=number, metavar="NUMBER", help="absent = the model's")
-    ] = None,
-    config: Annotated[
-        Path | None, typer.Option("--config", metavar="FILE", help="the denoiser's YAML file, for an unusual corpus")
-    ] = None,
+    scheduler: SchedulerName = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    config: Config = None,
     lora: Annotated[
         list[Path] | None, typer.Option("--lora", metavar="FILE[:STRENGTH]", help="draw with it; may be repeated")
     ] = None,
-    fast: Annotated[bool, typer.Option("--fast", help="draw in the model's fast mode")] = False,
+    fast: Fast = False,
     glyph: Annotated[
         str | None,
         typer.Option("--glyph", metavar="NAME=PICTURE", help="ask for an object that it taught instead"),
     ] = None,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FOLDER", help="where table, verdicts and pictures go")
-    ] = Path("out/alignment"),
-    as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON in place of the table")] = False,
+    output: Output = Path("out/alignment"),
+    as_json: AsJson = False,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
@@ -66,28 +71,22 @@ def alignment(
     refuse_unwritable(output / "alignment.json")
     from ldm.cli.opening import Opening, opened
     from ldm.evaluation.alignment import evaluate
+    from ldm.evaluation.drawing import Drawing
 
     scenes = scenes_of(model, config)
     scenes = with_glyph(glyph, scenes.config) if glyph else scenes
     pipeline = opened(None, Opening(model=model, device=device, dtype=dtype, lora=lora, fast=fast))
-    judged = evaluate(pipeline, scenes, n, seed, seen=seen, scheduler=scheduler, steps=steps, guidance=guidance)
-    judge(judged, n, output, as_json)
+    judge(evaluate(pipeline, scenes, n, Drawing(seed, scheduler, steps, guidance), seen=seen), n, output, as_json)
 
 
 @app.command(epilog=examples("ldm eval inpainting", "ldm eval inpainting --model path/to/model-folder -n 20 --json"))
 def inpainting(
     model: Model = None,
     n: Annotated[int, typer.Option("--n", "-n", parser=whole(1), metavar="N", help="pictures to edit")] = 100,
-    seed: Annotated[
-        int, typer.Option("--seed", parser=whole(0), metavar="N", help="of the first picture; the next ones count up")
-    ] = 0,
-    config: Annotated[
-        Path | None, typer.Option("--config", metavar="FILE", help="the denoiser's YAML file, for an unusual corpus")
-    ] = None,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FOLDER", help="where table, verdicts and pictures go")
-    ] = Path("out/inpainting"),
-    as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON in place of the table")] = False,
+    seed: Seed = 0,
+    config: Config = None,
+    output: Output = Path("out/inpainting"),
+    as_json: AsJson = False,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
@@ -99,6 +98,57 @@ def inpainting(
     scenes = scenes_of(model, config)
     pipeline = opened(None, Opening(model=model, device=device, dtype=dtype))
     judge(evaluate(pipeline, scenes, n, seed), n, output, as_json)
+
+
+@app.command(epilog=examples("ldm eval quality", "ldm eval quality --pictures out/drawn --json"))
+def quality(
+    model: Model = None,
+    n: Annotated[
+        int, typer.Option("--n", "-n", parser=whole(20), metavar="N", help="held-out prompts, or pictures at most")
+    ] = 500,
+    seed: Seed = 0,
+    scheduler: SchedulerName = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    fast: Fast = False,
+    config: Config = None,
+    pictures: Annotated[
+        Path | None, typer.Option("--pictures", metavar="FOLDER", help="judge these, and draw none")
+    ] = None,
+    classifier: Annotated[
+        Path | None,
+        typer.Option("--classifier", metavar="FOLDER", help="whose features; absent = the model's, or the box's"),
+    ] = None,
+    training: Annotated[
+        int,
+        typer.Option("--training-scenes", parser=whole(1), metavar="N", help="looked through for what was copied"),
+    ] = 20_000,
+    output: Output = Path("out/quality"),
+    as_json: AsJson = False,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Compare pictures of held-out prompts with what a perfect model draws: FID, KID, precision, recall, near-copies of
+    training scenes, and what the first stage keeps.
+    """
+    refuse_unwritable(output / "quality.json")
+    from ldm.cli.opening import Opening, opened
+    from ldm.evaluation.drawing import Drawing
+    from ldm.evaluation.features import CLASSIFIER, open_classifier, read_pictures
+    from ldm.evaluation.prompts import prompts
+    from ldm.evaluation.quality import evaluate, judge_pictures
+    from ldm.sources import model_in_the_box
+
+    scenes = scenes_of(model, config)
+    own = Path(model) if model and (Path(model) / CLASSIFIER).is_dir() else model_in_the_box()
+    network = open_classifier(classifier or own)
+    if pictures is not None:
+        found = read_pictures(pictures, n)
+        items = [judge_pictures(found, scenes, prompts(scenes, len(found)), network, training)]
+        return judge(items, len(found), output, as_json)
+    pipeline = opened(None, Opening(model=model, device=device, dtype=dtype, fast=fast))
+    how = Drawing(seed, scheduler, steps, guidance)
+    judge(evaluate(pipeline, scenes, prompts(scenes, n), network, how, training), n, output, as_json)
 
 
 def judge(items: Iterable[Any], n: int, output: Path, as_json: bool) -> None:

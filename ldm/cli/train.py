@@ -12,15 +12,27 @@ from ldm.cli.following import begins, follow, leave, logged, tell_stopped
 if TYPE_CHECKING:
     from ldm.training.config import LoopConfig
 
-# command -> file and function of ldm.training that make the stage, and the class its configuration is read as
+# command -> file and function of ldm.training that make the stage, the class its configuration is read as, and its help
 STAGES = {
-    "first-stage": ("first_stage", "FirstStageConfig"),
-    "clip": ("clip", "ClipConfig"),
-    "denoiser": ("denoiser", "DenoiserConfig"),
-    "classifier": ("classifier", "ClassifierConfig"),
-    "distill": ("distill", "DistillConfig"),
-    "tiny-decoder": ("tiny_decoder", "TinyDecoderConfig"),
-}
+    "first-stage": ("first_stage", "FirstStageConfig", "Train the autoencoder: pictures to latents and back."),
+    "clip": ("clip", "ClipConfig", "Train the text encoder, contrastively with an image encoder."),
+    "denoiser": (
+        "denoiser", "DenoiserConfig",
+        "Train the U-Net on the latents and texts of the two other stages, and put the model together.",
+    ),
+    "classifier": (
+        "classifier", "ClassifierConfig",
+        "Train the network whose features pictures are compared by (ldm eval quality).",
+    ),
+    "distill": (
+        "distill", "DistillConfig",
+        "Teach a finished model to draw in few steps: a LoRA, by latent consistency distillation.",
+    ),
+    "tiny-decoder": (
+        "tiny_decoder", "TinyDecoderConfig",
+        "Train a small and quick autoencoder (TAESD's form) for the latents of a finished one.",
+    ),
+}  # fmt: skip
 
 Config = Annotated[Path, typer.Option("--config", metavar="FILE", help="YAML file of the run, as in configs/")]
 Settings = Annotated[
@@ -42,44 +54,21 @@ def stage_examples(name: str) -> str:
 
 app = typer.Typer(
     help="Train a stage; the same command goes on where a run was stopped.",
-    epilog=examples(*(f"ldm train {name} --config configs/cpu/{file}.yaml" for name, (file, _) in STAGES.items())),
+    epilog=examples(*(f"ldm train {name} --config configs/cpu/{file}.yaml" for name, (file, *_) in STAGES.items())),
 )
 
 
-@app.command("first-stage", epilog=stage_examples("first-stage"))
-def first_stage(config: Config, settings: Settings = None, device: Where = None) -> None:
-    """Train the autoencoder: pictures to latents and back."""
-    run("first-stage", config, settings or [], device)
+def register(name: str, told: str) -> None:
+    """The command of a stage."""
+
+    def command(config: Config, settings: Settings = None, device: Where = None) -> None:
+        run(name, config, settings or [], device)
+
+    app.command(name, help=told, epilog=stage_examples(name))(command)
 
 
-@app.command("clip", epilog=stage_examples("clip"))
-def clip(config: Config, settings: Settings = None, device: Where = None) -> None:
-    """Train the text encoder, contrastively with an image encoder."""
-    run("clip", config, settings or [], device)
-
-
-@app.command("denoiser", epilog=stage_examples("denoiser"))
-def denoiser(config: Config, settings: Settings = None, device: Where = None) -> None:
-    """Train the U-Net on the latents and texts of the two other stages, and put the model together."""
-    run("denoiser", config, settings or [], device)
-
-
-@app.command("classifier", epilog=stage_examples("classifier"))
-def classifier(config: Config, settings: Settings = None, device: Where = None) -> None:
-    """Train the network whose features pictures are compared by (ldm eval quality)."""
-    run("classifier", config, settings or [], device)
-
-
-@app.command("distill", epilog=stage_examples("distill"))
-def distill(config: Config, settings: Settings = None, device: Where = None) -> None:
-    """Teach a finished model to draw in few steps: a LoRA, by latent consistency distillation."""
-    run("distill", config, settings or [], device)
-
-
-@app.command("tiny-decoder", epilog=stage_examples("tiny-decoder"))
-def tiny_decoder(config: Config, settings: Settings = None, device: Where = None) -> None:
-    """Train a small and quick autoencoder (TAESD's form) for the latents of a finished one."""
-    run("tiny-decoder", config, settings or [], device)
+for stage_name, (_, _, stage_help) in STAGES.items():
+    register(stage_name, stage_help)
 
 
 @app.command("ema", epilog=examples("ldm train ema runs/box/denoiser --sigma-rel 0.08 -o out/averaged"))
@@ -94,8 +83,8 @@ def ema(
 
     refuse_unwritable(output / "result" / "config.json")
     parts = summands(folder, sigma_rel)
-    modules = {name: import_module(f"ldm.training.{file}") for name, (file, _) in STAGES.items()}
-    name, config = configuration(folder, {name: getattr(modules[name], kind) for name, (_, kind) in STAGES.items()})
+    modules = {name: import_module(f"ldm.training.{file}") for name, (file, *_) in STAGES.items()}
+    name, config = configuration(folder, {name: getattr(modules[name], kind) for name, (_, kind, _) in STAGES.items()})
     with logged():
         stage = getattr(modules[name], STAGES[name][0])(config)
         made = averaged(stage.model, parts)
@@ -112,7 +101,7 @@ def run(name: str, config: Path, settings: list[str], device: str | None) -> Non
     from ldm.training.config import read_config
     from ldm.training.loop import device_of, run_stage
 
-    file, kind = STAGES[name]
+    file, kind, _ = STAGES[name]
     module = import_module(f"ldm.training.{file}")
     chosen = parse_settings(settings) | ({"loop.device": device} if device else {})
     asked = read_config(config, getattr(module, kind), chosen)

@@ -121,17 +121,13 @@ class DiffusionLoss:
 
     def noised(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """A draw of q(x_t | x0), what the network sees: alpha x0 + beta noise at the schedule's rates."""
-        alpha, beta = self._rates(x0, t)
+        alpha, beta = rates_at(self.schedule, t, x0)
         return alpha * x0 + beta * noise
 
     def target(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """What the network should say of `noised(x0, t, noise)`; at least float32."""
         x0, noise = _widened(x0), _widened(noise)
-        return KINDS[self.prediction].target(x0, noise, *self._rates(x0, t))
-
-    def _rates(self, x0: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        alpha, beta = self.schedule.rates
-        return _at(alpha, t, x0), _at(beta, t, x0)
+        return KINDS[self.prediction].target(x0, noise, *rates_at(self.schedule, t, x0))
 
     @cached_property
     def _huber_c(self) -> Array:
@@ -145,6 +141,12 @@ class DiffusionLoss:
             return None
         alpha, beta = self.schedule.rates
         return _min_snr(alpha**2, beta**2, KINDS[self.prediction], self.snr_gamma)
+
+
+def rates_at(schedule: NoiseSchedule | FlowSchedule, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Signal and noise rate at the places t [B] of a schedule's table, in `like`'s dtype, to broadcast against it."""
+    alpha, beta = schedule.rates
+    return _at(alpha, t, like), _at(beta, t, like)
 
 
 def _widened(x: Tensor) -> Tensor:

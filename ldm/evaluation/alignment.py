@@ -5,7 +5,6 @@ for item in evaluate(pipeline, EmojiScenes()):   # a Judged after every picture,
 print(item.table())
 """
 
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ldm.data.emoji import EmojiScenes, Scene
+from ldm.data.emoji import EmojiScenes
 from ldm.data.words import SceneSpec
 from ldm.errors import UsageError
 from ldm.evaluation.classes import Classes
+from ldm.evaluation.drawing import AS_IT_IS, Drawing, drawn
 from ldm.evaluation.judging import Judge, Verdict
 from ldm.evaluation.prompts import CATEGORIES, PROMPTS, GlyphScenes, category_of, glyph_prompts, prompts
 from ldm.evaluation.reconstruction import first_stage_psnr
@@ -30,11 +30,6 @@ BACKGROUND = "background"
 TARGETS = {"single object": 0.85, "counting": 0.60, "position": 0.60, BACKGROUND: 0.97}
 TAUGHT = 0.70  # of the pictures that are to show what an adapter taught
 PSNR_TARGET = 26  # dB
-
-
-def ground_truth(scenes: EmojiScenes, specs: Sequence[SceneSpec], seed: int = 0) -> list[Scene]:
-    """A scene of the corpus for each spec: what a perfect model draws."""
-    return [scenes.draw(spec, random.Random(f"ground truth {seed} {i}")) for i, spec in enumerate(specs)]
 
 
 @dataclass(frozen=True)
@@ -55,44 +50,24 @@ class Judged:
 
 
 def evaluate(
-    pipeline: Pipeline,
-    scenes: EmojiScenes,
-    n: int = PROMPTS,
-    seed: int = 0,
-    *,
-    seen: bool = False,
-    scheduler: str | None = None,
-    steps: int | None = None,
-    guidance: float | None = None,
-    batch_size: int = 8,
+    pipeline: Pipeline, scenes: EmojiScenes, n: int = PROMPTS, how: Drawing = AS_IT_IS, *, seen: bool = False
 ) -> Iterator["Judged | Report"]:
-    """Draw the first n of the fixed held-out prompts of a corpus, picture i from noise seed `seed + i`, and judge them.
+    """Draw the first n of the fixed held-out prompts of a corpus, picture i from noise seed `how.seed + i`, and judge
+    them.
 
     Of a GlyphScenes they are those of `glyph_prompts`. seen: combinations that training may see, in place of those held
     out of it.
-    Yields a Judged after every picture (for progress), and at the end one Report. scheduler, steps, guidance: None
-    leaves them to the model. UsageError for n < 1. LdmError when the emoji font is not found.
+    Yields a Judged after every picture (for progress), and at the end one Report. UsageError for n < 1. LdmError when
+    the emoji font is not found.
     """
     if n < 1:
         raise UsageError(f"{n} prompts were asked for; judge at least one")
     taught = scenes if isinstance(scenes, GlyphScenes) else None
     specs = glyph_prompts(taught, n, seen=seen) if taught else prompts(scenes, n, seen=seen)
     judge, rows = Judge(scenes), []
-    for first in range(0, n, batch_size):
-        part = specs[first : first + batch_size]
-        seeds = tuple(range(seed + first, seed + first + len(part)))
-        result = pipeline(
-            [spec.caption() for spec in part],
-            seed=seeds,
-            output_type="np",
-            scheduler=scheduler,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-        )
-        images = (np.asarray(result.images) * 255).round().astype(np.uint8)
-        for i, (spec, image) in enumerate(zip(part, images, strict=True)):
-            rows.append(Judged(first + i, n, seeds[i], spec, image, judge.judge(image, spec)))
-            yield rows[-1]
+    for i, (spec, image) in enumerate(zip(specs, drawn(pipeline, specs, how), strict=True)):
+        rows.append(Judged(i, n, how.seed + i, spec, image, judge.judge(image, spec)))
+        yield rows[-1]
     psnr = first_stage_psnr(pipeline.vae, scenes)
     yield Report(tuple(rows), psnr, judge.classes, taught.name if taught else "", seen)
 

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from ldm.checkpoints.load import load_into
+from ldm.checkpoints.load import Bare, load_into
 from ldm.checkpoints.safe import read_json
 from ldm.errors import LdmError, UsageError
 from ldm.inputs import IMAGE_SUFFIXES, decoded, to_rgb
@@ -26,7 +26,7 @@ def open_classifier(folder: str | Path) -> SceneClassifier:
     folder = folder / CLASSIFIER if (folder / CLASSIFIER).is_dir() else folder
     if not (folder / "model.safetensors").is_file():
         raise LdmError(f"{folder} holds no classifier; train one with `ldm train classifier` and name its folder")
-    with torch.device("meta"):
+    with Bare():
         network = SceneClassifier(SceneClassifierConfig.from_dict(read_json(folder / "config.json")))
     load_into(network, folder / "model.safetensors", torch.float32)
     return network.eval().requires_grad_(False)

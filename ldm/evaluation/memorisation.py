@@ -13,7 +13,6 @@ In two spaces: pixels (root mean square differences of pictures of 32 x 32, colo
 place is far away, and the classifier's features, where it is near.
 """
 
-import random
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from typing import NamedTuple
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 
 from ldm.data.emoji import EmojiScenes
 from ldm.data.words import SceneSpec
+from ldm.evaluation.drawing import ground_truth
 from ldm.evaluation.features import Pictures, features, fitted
 from ldm.evaluation.matching import shrunk
 from ldm.models.classifier import SceneClassifier
@@ -96,7 +96,7 @@ def to_own(
 
 def renderings(scenes: EmojiScenes, specs: Sequence[SceneSpec], name: str) -> Pictures:
     """A scene of each spec, what a perfect model draws; others for another name. [n, S, S, 3]"""
-    return np.stack([scenes.draw(spec, random.Random(f"{name} {i}")).image for i, spec in enumerate(specs)])
+    return np.stack([scene.image for scene in ground_truth(scenes, specs, name)])
 
 
 class Memory(NamedTuple):

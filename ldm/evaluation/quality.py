@@ -18,6 +18,7 @@ from ldm.data.emoji import EmojiScenes
 from ldm.data.words import SceneSpec
 from ldm.errors import UsageError
 from ldm.evaluation.distances import BLOCKS, Coverage, Estimate, coverage, fid, kid
+from ldm.evaluation.drawing import AS_IT_IS, Drawing, drawn
 from ldm.evaluation.features import fitted
 from ldm.evaluation.memorisation import (
     TRAINING_SCENES,
@@ -66,36 +67,23 @@ def evaluate(
     scenes: EmojiScenes,
     specs: Sequence[SceneSpec],
     network: SceneClassifier,
-    seed: int = 0,
-    *,
+    how: Drawing = AS_IT_IS,
     training: int = TRAINING_SCENES,
-    scheduler: str | None = None,
-    steps: int | None = None,
-    guidance: float | None = None,
-    batch_size: int = 8,
 ) -> Iterator["int | Report"]:
-    """Draw these prompts, picture i from noise seed `seed + i`, and compare them with scenes of `scenes`.
+    """Draw these prompts, picture i from noise seed `how.seed + i`, and compare them with scenes of `scenes`.
 
     Yields the number of pictures drawn after each, and at the end one Report. training: how many of the first training
-    scenes of the corpus are looked through for copies. scheduler, steps, guidance: None leaves them to the model.
-    UsageError for fewer than 20 prompts. LdmError when the emoji font is not found.
+    scenes of the corpus are looked through for copies. UsageError for fewer than 20 prompts. LdmError when the emoji
+    font is not found.
     """
     _enough(len(specs))
     images: list[Image.Image] = []
-    for first in range(0, len(specs), batch_size):
-        part = specs[first : first + batch_size]
-        result = pipeline(
-            [spec.caption() for spec in part],
-            seed=tuple(range(seed + first, seed + first + len(part))),
-            scheduler=scheduler,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-        )
-        images.extend(result.images)
-        yield from range(first + 1, first + len(part) + 1)
+    for image in drawn(pipeline, specs, how):
+        images.append(Image.fromarray(image))
+        yield len(images)
     names = [spec.caption() for spec in specs]
     kept = first_stage_kept(pipeline.vae, scenes, network, len(specs))
-    yield report(images, names, scenes, specs, network, training, seed=seed, kept=kept)
+    yield report(images, names, scenes, specs, network, training, seed=how.seed, kept=kept)
 
 
 def judge_pictures(

@@ -2,7 +2,7 @@
 configs.
 """
 
-from ldm.schedulers.config import Sampling, from_config, network_of
+from ldm.schedulers.config import Sampling, from_config, network_of, trained_on
 from ldm.schedulers.solver import Noise, Past, Solver, Step, solve
 from ldm.schedulers.table import SCHEDULERS, Option, Scheduler, find
 
@@ -19,4 +19,5 @@ __all__ = [
     "from_config",
     "network_of",
     "solve",
+    "trained_on",
 ]

@@ -182,11 +182,24 @@ def network_of(config: Mapping[str, Any]) -> tuple[NoiseSchedule, str]:
     Errors as of `from_config`, but for those of the solver; ModelError for a network without a table of noise levels
     (EDM, flow matching).
     """
+    schedule, prediction = trained_on(config)
+    if not isinstance(schedule, NoiseSchedule):
+        raise _untabled(config)
+    return schedule, prediction
+
+
+def trained_on(config: Mapping[str, Any]) -> tuple[NoiseSchedule | FlowSchedule, str]:
+    """The same also of flow matching, whose levels can be tabled. ModelError for EDM."""
     theirs = _class_of(config)
     schedule, prediction, _ = _network(_filled(config, theirs), theirs)
-    if not isinstance(schedule, NoiseSchedule):
-        raise ModelError(f"the scheduler config has _class_name {theirs}: a network without a table of noise levels")
+    if isinstance(schedule, EDMSchedule):
+        raise _untabled(config)
     return schedule, prediction
+
+
+def _untabled(config: Mapping[str, Any]) -> ModelError:
+    theirs = config["_class_name"]
+    return ModelError(f"the scheduler config has _class_name {theirs}: a network without a table of noise levels")
 
 
 def _class_of(config: Mapping[str, Any]) -> str:

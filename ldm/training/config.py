@@ -62,8 +62,10 @@ class LoopConfig:
         for name, low in (least | dict.fromkeys(("warmup_steps", "workers", "threads", "seed"), 0)).items():
             if getattr(self, name) < low:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least {low}")
+        for sigma_rel in self.ema_profiles:
+            gamma_of(sigma_rel)  # refuses what is no length
         every = self.ema_snapshots_every
-        if [*map(gamma_of, self.ema_profiles)] and (every < 1 or every % self.ema_every):
+        if self.ema_profiles and (every < 1 or every % self.ema_every):
             raise UsageError(
                 f"ema_snapshots_every is {every}; with ema_profiles it must be a multiple of ema_every {self.ema_every}"
             )

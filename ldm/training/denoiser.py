@@ -21,23 +21,21 @@ from ldm.checkpoints.load import Bare, load_into
 from ldm.checkpoints.safe import atomic_json, atomic_save_safetensors, read_json, write_manifest
 from ldm.conditioning import encoder_of
 from ldm.data.emoji import EmojiScenes
-from ldm.diffusion.continuous import FlowSchedule
 from ldm.diffusion.losses import DiffusionLoss
 from ldm.errors import UsageError
 from ldm.models.tiny_vae import AutoencoderTiny
 from ldm.models.unet import UNet, init_for_training
 from ldm.models.vae import AutoencoderKL
 from ldm.pipeline import Pipeline
-from ldm.schedulers import network_of
+from ldm.schedulers import trained_on
 from ldm.text.encoder import TextEncoder
 from ldm.text.tokenizer import CLIPTokenizer
 from ldm.training.clip import CaptionedBatches
-from ldm.training.config import DenoiserConfig
+from ldm.training.config import DenoiserConfig, LoopConfig
 from ldm.training.first_stage import HELD_OUT_SEED, tile, to_signal
 from ldm.training.loop import RESULT, Batch, Stage, ahead, device_of, generator
 
 HELD_OUT_SCENES = 256
-FLOW = "flow"  # the prediction type that has no table of betas
 ENCODED_AT_ONCE = 64
 log = logging.getLogger(__name__)
 
@@ -104,7 +102,7 @@ def scheduler_config(config: DenoiserConfig) -> dict[str, object]:
     """The scheduler_config.json of the trained model; a scheduler that takes zero terminal SNR starts at the very end
     ("trailing").
     """
-    if config.prediction_type == FLOW:
+    if config.prediction_type == "flow":
         return {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0}
     return {
         "_class_name": "DDIMScheduler",
@@ -189,18 +187,18 @@ def encode(
     return tuple(torch.cat(column)[:count] for column in zip(*parts, strict=True))
 
 
-def cached(config: DenoiserConfig, frozen: Components, scenes: EmojiScenes) -> Batch:
+def cached(c: LoopConfig, count: int, frozen: Components, scenes: EmojiScenes) -> Batch:
     """`encode`, kept in the run's folder under a digest of everything it depends on."""
     words = words_of(frozen)
-    known = [asdict(config.corpus), config.latents, config.loop.seed, words.tokenizer.vocab, words.tokenizer.merges]
+    known = [asdict(scenes.config), count, scenes.seed, words.tokenizer.vocab, words.tokenizer.merges]
     digest = hashlib.sha256(json.dumps(known).encode())
     for model in (frozen.vae, words.model):
         for value in model.state_dict().values():
             digest.update(value.cpu().numpy().tobytes())
-    path = Path(config.loop.out) / f"latents-{digest.hexdigest()[:16]}.safetensors"
+    path = Path(c.out) / f"latents-{digest.hexdigest()[:16]}.safetensors"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        encoded = encode(frozen.vae, words.tokenizer, scenes, config.latents, config.loop.workers)
+        encoded = encode(frozen.vae, words.tokenizer, scenes, count, c.workers)
         atomic_save_safetensors(dict(zip(("mean", "std", "ids"), encoded, strict=True)), path)
     kept = load_file(path)
     return kept["mean"], kept["std"], kept["ids"]
@@ -213,8 +211,7 @@ def denoiser(config: DenoiserConfig) -> Stage:
     frozen = components(config)
     frozen.vae.to(device_of(config.loop.device, config.loop.threads))
     scenes = EmojiScenes(config.corpus, config.loop.seed)
-    flow = config.prediction_type == FLOW
-    schedule, prediction = (FlowSchedule(), FLOW) if flow else network_of(frozen.scheduler_config)
+    schedule, prediction = trained_on(frozen.scheduler_config)
     objective = LatentDiffusion(config, frozen, DiffusionLoss(schedule, prediction, config.snr_gamma or None))
     unseen = EmojiScenes(config.corpus, HELD_OUT_SEED)
     mean, _, ids = encode(frozen.vae, words_of(frozen).tokenizer, unseen, HELD_OUT_SCENES)
@@ -249,7 +246,8 @@ def denoiser(config: DenoiserConfig) -> Stage:
             atomic_json(Path(place) / "vocabulary.json", scenes.vocabulary())
             write_manifest(place)
 
-    batches = LatentBatches(cached(config, frozen, scenes), config.loop.batch_size, config.loop.seed)
+    encoded = cached(config.loop, config.latents, frozen, scenes)
+    batches = LatentBatches(encoded, config.loop.batch_size, config.loop.seed)
     return Stage(objective, objective.unet, batches, held_out, picture, export)
 
 

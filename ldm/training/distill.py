@@ -27,7 +27,7 @@ from ldm.checkpoints.folder import GENERATION
 from ldm.checkpoints.safe import atomic_folder, atomic_json
 from ldm.conditioning import encoder_of
 from ldm.data.emoji import CorpusConfig, EmojiScenes
-from ldm.diffusion.losses import LOSSES, Network
+from ldm.diffusion.losses import LOSSES, Network, rates_at
 from ldm.diffusion.prediction import PREDICTIONS
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UsageError
@@ -39,7 +39,7 @@ from ldm.schedulers import network_of
 from ldm.sources import open_model
 from ldm.staging import FALLBACKS
 from ldm.text.encoder import TextEncoder
-from ldm.training.config import DenoiserConfig, LoopConfig
+from ldm.training.config import LoopConfig
 from ldm.training.denoiser import LatentBatches, cached, encode, sample_prompts, words_of
 from ldm.training.first_stage import HELD_OUT_SEED, tile
 from ldm.training.loop import RESULT, Batch, Stage, device_of, generator
@@ -102,14 +102,14 @@ class Paths:
 
     def noised(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """A point of q(x_t | x0)."""
-        alpha, beta = self._rates(t, x0)
+        alpha, beta = rates_at(self.schedule, t, x0)
         return alpha * x0 + beta * noise
 
     def estimates(self, x: Tensor, t: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
         """The x0 and the noise that a network's output at x stands for: (x, output) solved for them, by Cramer's rule.
         Of v it is a rotation, exact at SNR 0 too, where x is the noise and -output x0.
         """
-        kind, (alpha, beta) = PREDICTIONS[self.prediction], self._rates(t, x)
+        kind, (alpha, beta) = PREDICTIONS[self.prediction], rates_at(self.schedule, t, x)
         of_x0, of_noise, determinant = (f(alpha, beta) for f in (kind.of_x0, kind.of_noise, kind.determinant))
         return (of_noise * x - beta * output) / determinant, (alpha * output - of_x0 * x) / determinant
 
@@ -127,12 +127,6 @@ class Paths:
         s = (SCALING * t.to(x.dtype)).view(-1, *[1] * (x.ndim - 1))
         whole = s.square() + DATA**2
         return DATA**2 / whole * x + s / whole.sqrt() * self.estimates(x, t, output)[0]
-
-    def _rates(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Signal and noise rate at t, in the type of `like` and shaped to go with it."""
-        shape = (-1, *[1] * (like.ndim - 1))
-        alpha, beta = (torch.from_numpy(table).to(like)[t].view(shape) for table in self.schedule.rates)
-        return alpha, beta
 
 
 def consistency_loss(
@@ -248,6 +242,5 @@ def distill(config: DistillConfig) -> Stage:
         if c.weights:
             write_fast(c.weights, distilled=folder / RESULT)
 
-    material = DenoiserConfig(c.loop, c.model, c.model, corpus=c.corpus, latents=c.latents)
-    batches = LatentBatches(cached(material, frozen, scenes), c.loop.batch_size, c.loop.seed)
+    batches = LatentBatches(cached(c.loop, c.latents, frozen, scenes), c.loop.batch_size, c.loop.seed)
     return Stage(objective, objective.lora, batches, held_out, picture, export)

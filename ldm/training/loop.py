@@ -213,7 +213,7 @@ def ahead(batches: Dataset[Any], numbers: range, workers: int) -> Iterator[tuple
     """These batches of the stream with their numbers, prepared by so many processes; 0: by this one, when asked."""
     loader = DataLoader(
         batches, batch_size=None, sampler=numbers, num_workers=workers, prefetch_factor=4 if workers else None,
-        worker_init_fn=undisturbed, pin_memory=torch.cuda.is_available(),
+        worker_init_fn=undisturbed,
     )  # fmt: skip
     return zip(numbers, loader, strict=True)
 
@@ -315,7 +315,6 @@ def device_of(device: str, threads: int = 0) -> torch.device:
         raise UsageError(
             "cuda was asked for, but torch sees no CUDA device; use --device cpu, or install a CUDA build of torch"
         )
-    torch.backends.cudnn.benchmark = name == "cuda"  # batches of one shape, thousands of times
     if name == "cpu":
         torch.set_flush_denormal(True)  # denormals make CPU convolutions many times slower
         if threads:

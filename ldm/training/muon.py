@@ -7,11 +7,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-QUINTIC = (
-    3.4445,
-    -4.7750,
-    2.0315,
-)  # of Jordan et al.: singular values from 0.01 to 1 come to 0.7 .. 1.2 in five rounds
+# Of Jordan et al.: singular values from 0.01 to 1 come to 0.7 .. 1.2 in five rounds.
+QUINTIC = (3.4445, -4.7750, 2.0315)
 ROUNDS = 5
 LEAST_SIDE = 8  # matrices of fewer rows or columns have little to make orthogonal
 AT_ONCE = 2**17  # numbers of one batched product: small matrices together, large ones one by one, as caches like it

@@ -210,14 +210,14 @@ def _about(path: Path) -> dict[str, Any]:
 
 
 def _check_run(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """LdmError unless both say the same. A field that one of them does not know is newer or gone: 0, "", false and
-    none leave things as they are without it.
+    """LdmError unless both say the same. A field that one of them does not know is newer or gone, and does no harm
+    where the other has it empty, 0 or false: that is how things are without it.
     """
     pictures = before.pop(DATA, {}), now.pop(DATA, {})
     old, new = _flat(before), _flat(now)
-    fields = dict.fromkeys([*new, *old])
-    differing = [key for key in fields if old.get(key) != new.get(key) and (old.get(key) or new.get(key))]
-    changed = [f"{key} {old.get(key)!r}, not {new.get(key)!r}" for key in differing]
+    idle = {key for key in old.keys() ^ new.keys() if not (old.get(key) or new.get(key))}
+    fields = [key for key in dict.fromkeys([*new, *old]) if key not in idle]
+    changed = [f"{key} {old.get(key)!r}, not {new.get(key)!r}" for key in fields if old.get(key) != new.get(key)]
     if changed:
         raise LdmError(
             f"{path} was saved by a run with {'; '.join(changed[:5])}; go on with the configuration it was begun with, "
