@@ -61,6 +61,23 @@ def test_strip_and_animation(draw, tmp_path):
     assert np.array_equal(pixels("b.strip.png")[2:18, -18:-2], pixels("b.png"))
 
 
+def test_all_on_one_sheet(draw, run, model, tmp_path):
+    """As many columns as rows, each picture there to the pixel, enlarged by a whole factor; nothing is drawn where the
+    sheet cannot be written.
+    """
+    done = draw("an owl", "a taco", "-n", "2", "--seed", "7", "--steps", "2", "-o", "new/", "--sheet", "sheets/all.png")
+    paths = done.out.split()
+    assert len(paths) == 4 and files(tmp_path / "sheets") == ["all.png"]
+    sheet = pixels("sheets/all.png")
+    for i, path in enumerate(paths):
+        left = 8 + 136 * (i % 2)
+        rows = [r for r in range(len(sheet) - 127) if np.array_equal(sheet[r, left : left + 128 : 8], pixels(path)[0])]
+        assert any(np.array_equal(sheet[r : r + 128 : 8, left : left + 128 : 8], pixels(path)) for r in rows)
+    for sheet_name, said in (("b.txt", "suffix"), ("a.png", "the sheet of all"), ("sheets/all.png", "--overwrite")):
+        refused(run("generate", "--model", model, "an owl", "-o", "a.png", "--sheet", sheet_name), 2, said)
+    assert not (tmp_path / "a.png").exists()
+
+
 def watched(run: Any, patch: pytest.MonkeyPatch, *words: object, **environment: str) -> tuple[Done, str]:
     """A command whose stderr is a terminal, and all that was written to it."""
     screen, terminal = pty.openpty()

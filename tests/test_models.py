@@ -6,11 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.errors import ModelError, UsageError
 from ldm.models.clip import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
 from ldm.models.discriminator import PatchGAN
+from ldm.models.layers import attend
 from ldm.models.presets import TEXT_ENCODERS, UNETS, VAES
 from ldm.models.unet import CROSS, PLAIN, UNet, UNetConfig, init_for_training
 from ldm.models.vae import AutoencoderKL, VAEConfig
@@ -353,6 +355,20 @@ def test_unet_keeps_channels_last():
             )
     us(x.to(memory_format=torch.channels_last), t, context)
     assert len(formats) == 14 and all(formats)
+
+
+@pytest.mark.parametrize("keys", [3, 77, 128, 129])
+def test_attention_that_is_trained(keys):
+    """Spelled out where it is trained, it is torch's own attention: in what it gives, and in every gradient."""
+    parts = [torch.randn(2, 3, n, 8, dtype=torch.float64, requires_grad=True) for n in (16, keys, keys)]
+    wanted = F.scaled_dot_product_attention(*parts)
+    weights = torch.randn_like(wanted)
+    gradients = torch.autograd.grad((wanted * weights).sum(), parts)
+    got = attend(*parts)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+    for mine, theirs in zip(torch.autograd.grad((got * weights).sum(), parts), gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
+    assert torch.equal(attend(*(part.detach() for part in parts)), F.scaled_dot_product_attention(*parts))
 
 
 @torch.no_grad()

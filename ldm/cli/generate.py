@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from ldm.cli.opening import drawn_fast, opened, recorded, with_files, without_un
 from ldm.cli.options import Size, Wildcards, typed_fields, with_request
 from ldm.cli.orders import Sources, gathered, singles
 from ldm.cli.places import OUTPUT, paths_of, refuse_taken
-from ldm.errors import LdmError
+from ldm.errors import LdmError, UsageError
 from ldm.request import Request
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ RUN = {  # fields of a recipe that another run of the model has of its own: the 
     "num_inference_steps", "nfe", "timesteps", "timestep_respacing", "sigmas", "scheduler", "schedule_type", "eta",
     "guidance_scale", "guidance_rescale", "guidance_start", "guidance_stop",
 }  # fmt: skip
+SHEET = "also write all pictures, their prompts below them, as this one; absent = not"
 LOOKS = {"strip": ".strip.png", "gif": ".gif"}  # what is written beside a picture, and the end of its name
 
 
@@ -70,6 +72,7 @@ def generate(
         bool, typer.Option("--strip", help="also write the way from noise to picture, as a strip")
     ] = False,
     gif: Annotated[bool, typer.Option("--gif", help="also write it as an animation")] = False,
+    sheet: Annotated[Path | None, typer.Option("--sheet", metavar="FILE", help=SHEET)] = None,
     preview: Annotated[bool, typer.Option("--preview", help="show the picture in the terminal while it comes")] = False,
     no_metadata: Annotated[bool, typer.Option("--no-metadata", help="write no recipe into the pictures")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object a picture on stdout")] = False,
@@ -102,13 +105,21 @@ def generate(
         refuse_other_model(opened(recipe, replace(opening, dtype=None)) if opening.dtype else pipeline, recipe)
     pictures = singles([pipeline.resolve(order) for order in orders], sources, written)
     paths = paths_of(output, pictures)
+    if sheet:
+        refuse_no_sheet(sheet, paths)
     if dry_run:
         from ldm.cli.plan import plan
 
         print(plan(pipeline, pictures, paths, as_json))
         return
-    refuse_taken([each for path in paths for each in (path, *beside_of(path, manner).values())], overwrite)
+    refuse_taken(
+        [*(each for path in paths for each in (path, *beside_of(path, manner).values())), *([sheet] if sheet else [])],
+        overwrite,
+    )
     carry_out(pipeline, pictures, paths, manner)
+    if sheet:
+        all_on(sheet, paths, [one.prompts[0] for one in pictures])
+        manner.tell(f"the sheet lies in {sheet}")
 
 
 def carry_out(pipeline: "Pipeline", pictures: Sequence[Request], paths: Sequence[Path], manner: Manner) -> None:
@@ -124,6 +135,26 @@ def carry_out(pipeline: "Pipeline", pictures: Sequence[Request], paths: Sequence
         at = f"the next one's seed is {pictures[len(done)].seed}" if len(done) < len(paths) else "all of them"
         say(f"stopped: {len(done)} of {len(paths)} pictures are drawn and kept; {at}")
         raise typer.Exit(130) from None
+
+
+def refuse_no_sheet(sheet: Path, paths: Sequence[Path]) -> None:
+    """UsageError: a sheet whose suffix is no picture's, or that would take the place of one of its pictures."""
+    from ldm.images import format_of
+
+    format_of(sheet)
+    if sheet in paths:
+        raise UsageError(f"{sheet} would be a picture and the sheet of all; choose another name for one of them")
+
+
+def all_on(sheet: Path, paths: Sequence[Path], prompts: Sequence[str]) -> None:
+    """Write the pictures of these files as one, as many columns as rows, eight at most."""
+    from PIL import Image
+
+    from ldm.images import contact_sheet, save
+
+    images = [Image.open(path).convert("RGB") for path in paths]
+    sheet.parent.mkdir(parents=True, exist_ok=True)
+    save(contact_sheet(images, prompts, min(8, math.ceil(math.sqrt(len(images))))), sheet)
 
 
 def recipe_in(picture: Path, manner: Manner) -> "Found":
