@@ -77,7 +77,8 @@ def runs(plan: Fields) -> Iterator[tuple[str, int, dict[str, Fields], Fields]]:
 def measured(stages: dict[str, Fields], drawing: Fields, plan: Fields, out: Path) -> Fields:
     """The scores of a row's model; `seconds` are those of the training that was not done before."""
     begun = time.perf_counter()
-    vae, words = (trained(name, stages[name], out) for name in ("first_stage", "clip"))
+    vae = trained("first_stage", stages["first_stage"], out)
+    words = trained("clip", stages["clip"] | {"first_stage": str(vae)}, out)
     model = trained("denoiser", stages["denoiser"] | {"first_stage": str(vae), "clip": str(words)}, out)
     seconds = time.perf_counter() - begun
     scenes = EmojiScenes(checked(stages["denoiser"]["corpus"], CorpusConfig, "corpus"))

@@ -40,9 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         changes: dict[str, Any] = {"loop.out": str(out), "loop.device": "cpu"}
         if chosen.steps:
             changes |= {"loop.steps": chosen.steps, "loop.warmup_steps": 1}
+        before = [part for part, *_ in STAGES[: STAGES.index((name, make, kind))]]
+        changes |= {part: str(chosen.out / part / "result") for part in before}
         if name == "denoiser":
-            changes |= {part: str(chosen.out / part / "result") for part in ("first_stage", "clip")} | {"weights": ""}
-            changes |= {"latents": 32 * chosen.steps} if chosen.steps else {}
+            changes |= {"weights": ""} | ({"latents": 32 * chosen.steps} if chosen.steps else {})
         if (out / "result").is_dir():
             print(f"{name}: was trained before")
             continue

@@ -49,7 +49,19 @@ def test_flags_are_the_fields_of_request():
         flag = field.metadata["flag"] or field.name.replace("_", "-")
         assert field.name == "prompt" or found.opts == [f"-{flag}" if len(flag) == 1 else f"--{flag}"]
     own = {"output", "overwrite", "size", "prompts_file", "matrix", "wildcards", "literal", "picture", "config"}
-    own |= {"settings", "model", "device", "dtype", "strip", "gif", "sheet", "preview", "no_metadata", "as_json", "dry_run"}
+    own |= {
+        "settings",
+        "model",
+        "device",
+        "dtype",
+        "strip",
+        "gif",
+        "sheet",
+        "preview",
+        "no_metadata",
+        "as_json",
+        "dry_run",
+    }
     own |= {"quiet", "verbose", "vae", "refiner", "embedding", "variant", "revision", "allow_pickle"}
     own |= {"no_safety_checker", "lora", "lora_dir", "lora_partial", "fast"}
     assert parameters.keys() - {"help"} == own | {field.name for field in fields(Request)} - {*NOT_HERE}

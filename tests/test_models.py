@@ -357,18 +357,18 @@ def test_unet_keeps_channels_last():
     assert len(formats) == 14 and all(formats)
 
 
-@pytest.mark.parametrize("keys", [3, 77, 128, 129])
-def test_attention_that_is_trained(keys):
+@pytest.mark.parametrize(("keys", "causal"), [(3, False), (77, False), (128, False), (129, False), (16, True)])
+def test_attention_that_is_trained(keys, causal):
     """Spelled out where it is trained, it is torch's own attention: in what it gives, and in every gradient."""
     parts = [torch.randn(2, 3, n, 8, dtype=torch.float64, requires_grad=True) for n in (16, keys, keys)]
-    wanted = F.scaled_dot_product_attention(*parts)
+    wanted = F.scaled_dot_product_attention(*parts, is_causal=causal)
     weights = torch.randn_like(wanted)
     gradients = torch.autograd.grad((wanted * weights).sum(), parts)
-    got = attend(*parts)
+    got = attend(*parts, causal=causal)
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
     for mine, theirs in zip(torch.autograd.grad((got * weights).sum(), parts), gradients, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
-    assert torch.equal(attend(*(part.detach() for part in parts)), F.scaled_dot_product_attention(*parts))
+    assert torch.equal(attend(*(part.detach() for part in parts), causal=causal), wanted)
 
 
 @torch.no_grad()

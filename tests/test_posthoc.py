@@ -281,7 +281,7 @@ def model_run(tmp_path_factory: pytest.TempPathFactory, noto_font: Path) -> Path
         first = first_stage_config(base / "first_stage")
         whole = denoiser_config(base / "denoiser", base, weights=str(base / "box"))
         first, whole = (replace(one, loop=replace(one.loop, **kept)) for one in (first, whole))
-        words = clip_config(base / "clip")
+        words = clip_config(base / "clip", base)
         for make, config in ((first_stage, first), (clip, words), (denoiser, whole)):
             for _ in run_stage(make(config), config):  # type: ignore[operator]
                 pass

@@ -87,6 +87,7 @@ def test_the_stages_of_a_recipe_fit(recipe: str) -> None:
     vae, words, unet = (of(recipe, stage) for stage in ORDER[:3])
     assert all(of(recipe, stage).corpus == vae.corpus for stage in ORDER)
     assert (unet.first_stage, unet.clip) == (f"{vae.loop.out}/result", f"{words.loop.out}/result")
+    assert words.first_stage == unet.first_stage
     tiny, distilled, seen = (of(recipe, stage) for stage in ORDER[3:])
     assert unet.weights and {tiny.weights, distilled.model, distilled.weights, seen.weights} == {unet.weights}
     assert tiny.first_stage == unet.first_stage
@@ -133,11 +134,7 @@ def test_the_flagship_is_as_large_as_it_may_be() -> None:
     assert f"has {2 * sum(sizes.values()):.1f} MB" in " ".join(header(FILES["flagship", "denoiser"]))
     for stage in ORDER:
         c = of("flagship", stage).loop
-        assert (
-            c.mixed_precision == ("no" if stage == "clip" else "bf16")
-            and c.workers >= 8
-            and c.save_every <= c.steps / 4
-        )
+        assert c.mixed_precision == "bf16" and c.workers >= 8 and c.save_every <= c.steps / 4
 
 
 # -- `make weights` ---------------------------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def first_stage_config(out: Path, **options: Any) -> FirstStageConfig:
     return FirstStageConfig(loop_config(out), CORPUS, vae, **chosen | options)
 
 
-def clip_config(out: Path) -> ClipConfig:
+def clip_config(out: Path, parts: Path) -> ClipConfig:
     text = CLIPTextConfig(
         vocab_size=700, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
     )
@@ -97,7 +97,7 @@ def clip_config(out: Path) -> ClipConfig:
         image_size=16,
         patch_size=8,
     )
-    return ClipConfig(loop_config(out), CORPUS, 700, 2.0, text, vision)
+    return ClipConfig(loop_config(out), str(parts / "first_stage" / "result"), CORPUS, 700, 2.0, text, vision)
 
 
 def denoiser_config(out: Path, parts: Path, **options: Any) -> DenoiserConfig:
@@ -118,7 +118,7 @@ def denoiser_config(out: Path, parts: Path, **options: Any) -> DenoiserConfig:
 
 STAGES: dict[str, Callable[[Path, Path], tuple[Callable[[Any], Stage], Any]]] = {  # (where, finished stages) -> stage
     "first_stage": lambda base, parts: (first_stage, first_stage_config(base / "first_stage")),
-    "clip": lambda base, parts: (clip, clip_config(base / "clip")),
+    "clip": lambda base, parts: (clip, clip_config(base / "clip", parts)),
     "denoiser": lambda base, parts: (denoiser, denoiser_config(base / "denoiser", parts)),
 }
 
@@ -690,7 +690,9 @@ def test_configurations_are_read(tmp_path: Path) -> None:
     assert config.vae.block_out_channels == (32, 64) and config.corpus == CorpusConfig()
     other = read_config(path, FirstStageConfig, {"loop.steps": 9, "corpus.size": 32, "crop": 8})
     assert (other.loop.steps, other.loop.out, other.corpus.size, other.crop) == (9, "runs/a", 32, 8)
-    assert read_config(written(tmp_path, "loop:\n"), ClipConfig, {"loop.out": "b"}).loop == LoopConfig("b")
+    assert read_config(
+        written(tmp_path, "loop:\n"), ClipConfig, {"loop.out": "b", "first_stage": "a"}
+    ).loop == LoopConfig("b")
 
 
 WRONG = {
@@ -755,15 +757,18 @@ def test_the_experiments_are_read() -> None:
     rows = list(script["runs"](plan))
     for row, seed, stages, _ in rows:
         for name, fields in stages.items():
-            folders = {"first_stage": "a", "clip": "b"} if name == "denoiser" else {}
+            before = {"first_stage": (), "clip": ("first_stage",), "denoiser": ("first_stage", "clip")}[name]
+            folders = dict.fromkeys(before, "a")
             config = checked(script["changed"](fields, {"loop.out": "c"} | folders), KINDS[name], f"{row}, {name}")
             assert config.loop.seed == seed and config.corpus.objects == plan["corpus"]["objects"]
     assert len(rows) == len(plan["seeds"]) * (1 + len(plan["rows"]))
 
 
 def test_stages_ask_for_what_they_need(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"no trained vae .*train it first"):
+    with pytest.raises(UsageError, match=r"no trained CLIPTextModel in .*clip.*train it first"):
         denoiser(denoiser_config(tmp_path / "run", tmp_path))
+    with pytest.raises(UsageError, match=r"no trained AutoencoderKL in .*first_stage.*train it first"):
+        clip(clip_config(tmp_path / "run", tmp_path))
     with pytest.raises(UsageError, match=r"latents is 3; it must be at least loop.batch_size, 4"):
         denoiser(denoiser_config(tmp_path / "run", tmp_path, latents=3))
     with pytest.raises(UsageError, match="device is 'tpu'; use auto, cpu or cuda"):

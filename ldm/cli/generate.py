@@ -45,6 +45,7 @@ class Manner:
     strip: bool = False
     gif: bool = False
     preview: bool = False
+    sheet: Path | None = None
 
     def tell(self, text: str) -> None:
         """One line for the person, unless they want none."""
@@ -87,7 +88,7 @@ def generate(
     recipe. What is left out, the model chooses (its generation_config.json).
     """
     sources = Sources(picture, config, settings or (), prompts_file, matrix, wildcards)
-    manner = Manner(as_json, quiet, verbose, not no_metadata, strip, gif, preview)
+    manner = Manner(as_json, quiet, verbose, not no_metadata, strip, gif, preview, sheet)
     found = recipe_in(picture, manner) if picture else None
     written = (recorded(found.recipe) if found.recipe else found.request) if found else {}
     typed, opening = typed_fields(given, size)
@@ -105,21 +106,13 @@ def generate(
         refuse_other_model(opened(recipe, replace(opening, dtype=None)) if opening.dtype else pipeline, recipe)
     pictures = singles([pipeline.resolve(order) for order in orders], sources, written)
     paths = paths_of(output, pictures)
-    if sheet:
-        refuse_no_sheet(sheet, paths)
     if dry_run:
         from ldm.cli.plan import plan
 
         print(plan(pipeline, pictures, paths, as_json))
         return
-    refuse_taken(
-        [*(each for path in paths for each in (path, *beside_of(path, manner).values())), *([sheet] if sheet else [])],
-        overwrite,
-    )
+    refuse_taken(files_of(paths, manner), overwrite)
     carry_out(pipeline, pictures, paths, manner)
-    if sheet:
-        all_on(sheet, paths, [one.prompts[0] for one in pictures])
-        manner.tell(f"the sheet lies in {sheet}")
 
 
 def carry_out(pipeline: "Pipeline", pictures: Sequence[Request], paths: Sequence[Path], manner: Manner) -> None:
@@ -135,15 +128,9 @@ def carry_out(pipeline: "Pipeline", pictures: Sequence[Request], paths: Sequence
         at = f"the next one's seed is {pictures[len(done)].seed}" if len(done) < len(paths) else "all of them"
         say(f"stopped: {len(done)} of {len(paths)} pictures are drawn and kept; {at}")
         raise typer.Exit(130) from None
-
-
-def refuse_no_sheet(sheet: Path, paths: Sequence[Path]) -> None:
-    """UsageError: a sheet whose suffix is no picture's, or that would take the place of one of its pictures."""
-    from ldm.images import format_of
-
-    format_of(sheet)
-    if sheet in paths:
-        raise UsageError(f"{sheet} would be a picture and the sheet of all; choose another name for one of them")
+    if manner.sheet:
+        all_on(manner.sheet, paths, [one.prompts[0] for one in pictures])
+        manner.tell(f"the sheet lies in {manner.sheet}")
 
 
 def all_on(sheet: Path, paths: Sequence[Path], prompts: Sequence[str]) -> None:
@@ -189,6 +176,20 @@ def refuse_other_model(pipeline: "Pipeline", recipe: "Recipe") -> None:
 def beside_of(path: Path, manner: Manner) -> dict[str, Path]:
     """What is written beside a picture: strip and animation, by name."""
     return {name: path.with_name(path.stem + end) for name, end in LOOKS.items() if getattr(manner, name)}
+
+
+def files_of(paths: Sequence[Path], manner: Manner) -> list[Path]:
+    """All that is written for the pictures of these paths. UsageError: a sheet whose suffix is no picture's, or that
+    would take the place of one of its pictures.
+    """
+    from ldm.images import format_of
+
+    if manner.sheet:
+        format_of(manner.sheet)
+    if manner.sheet in paths:
+        raise UsageError(f"{manner.sheet} would be a picture and the sheet of all; choose another name for one of them")
+    beside = [each for path in paths for each in (path, *beside_of(path, manner).values())]
+    return [*beside, *([manner.sheet] if manner.sheet else [])]
 
 
 def write(

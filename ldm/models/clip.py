@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ldm.errors import ModelError, UsageError
 from ldm.models.config import divisible, refuse_unmodelled, take_all
+from ldm.models.layers import attend
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -134,7 +135,7 @@ class Attention(nn.Module):
             project(x).reshape(*x.shape[:-1], self.heads, -1).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        y = attend(q, k, v, causal=self.causal)
         out: Tensor = self.out_proj(y.transpose(1, 2).flatten(2))
         return out
 

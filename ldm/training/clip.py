@@ -2,11 +2,12 @@
 also to foretell the picture; it is then frozen.
 
 Contrast alone asks of the words what tells one scene of a batch from another, which a bag of words does: which object
-stands where need not be in it (Yuksekgonul et al. 2023, arXiv:2210.01936). So each place of the picture also reads the
-text once, by cross-attention, and says what is there. That is what the denoiser asks of the words at its noisiest, and
-it is learned here for a fraction of the cost.
+stands where need not be in it (Yuksekgonul et al. 2023, arXiv:2210.01936), nor what it looks like. So a denoiser of two
+blocks reads the words too, and says what the first stage's latents are from noised ones. That is what the real denoiser
+asks of the words, and it is learned here for a fraction of the cost.
 """
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,15 +20,18 @@ from torch.utils.data import Dataset
 
 from ldm.data.emoji import EmojiScenes
 from ldm.models.clip import CLIPTextModel, CLIPVisionModel
-from ldm.models.layers import Attention
+from ldm.models.layers import TransformerBlock, to_map, to_tokens
+from ldm.models.vae import AutoencoderKL, VAEConfig
 from ldm.text.tokenizer import CLIPTokenizer
 from ldm.training.config import ClipConfig
-from ldm.training.first_stage import HELD_OUT_SEED, save_model, tile, to_signal
-from ldm.training.loop import RESULT, Batch, Stage
+from ldm.training.first_stage import HELD_OUT_SEED, save_model, tile, to_signal, trained
+from ldm.training.loop import RESULT, Batch, Stage, device_of, generator
+from ldm.training.optimizers import Group
 
 TOKENIZER_CAPTIONS = 20_000  # captions from which the vocabulary is learned
 HELD_OUT_SCENES = 256
-PLACES, PIXELS = 8, 4  # along one side: places of a foretold picture, and its pixels of each
+BLOCKS = 2  # of the denoiser that reads the words beside the image tower
+LEAST_NOISE = 0.4  # of 1: where the words say little that the latents do not
 
 
 class CaptionedBatches(Dataset[Batch]):
@@ -45,43 +49,55 @@ class CaptionedBatches(Dataset[Batch]):
 
 
 class Foretold(nn.Module):
-    """What a text says of the picture, place by place: [B, T, D] -> [B, 3, S, S] for S = PLACES * PIXELS."""
+    """What words and noised latents say of the picture: a denoiser of transformer blocks, a token for each place."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, channels: int, side: int, width: int, heads: int) -> None:
         super().__init__()
-        self.places = nn.Parameter(torch.randn(PLACES**2, width) * 0.1)
-        self.attention = Attention(width, width, heads)
-        self.said = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, 3 * PIXELS**2)
-        )
+        self.places = nn.Embedding(side**2, width)
+        self.seen = nn.Conv2d(channels + 1, width, 3, padding=1)
+        self.blocks = nn.ModuleList(TransformerBlock(width, width, heads) for _ in range(BLOCKS))
+        self.said = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, channels))
+        nn.init.normal_(self.places.weight, std=0.1)
 
-    def forward(self, text: Tensor) -> Tensor:
-        """Hidden states of a text, all of its tokens, to the mean of the pictures that it may mean."""
-        asked = self.places.expand(len(text), -1, -1)
-        heard = self.attention(asked, self.attention.keys_values(text))
-        blocks: Tensor = nn.functional.pixel_shuffle(self.said(heard).mT.unflatten(2, (PLACES, PLACES)), PIXELS)
-        return blocks
+    def forward(self, x0: Tensor, noise: Tensor, share: Tensor, text: Tensor) -> Tensor:
+        """What is said of x0 [B, C, H, W].
+
+        x0, noise [B, C, H, W]; share [B] of noise, 0 none and 1 nothing else, on the circle that keeps the variance;
+        text: hidden states of all tokens [B, T, D].
+        """
+        angle = (share * (math.pi / 2))[:, None, None, None]
+        noised = angle.cos() * x0 + angle.sin() * noise
+        told = torch.cat([noised, share[:, None, None, None].expand_as(noised[:, :1])], 1)
+        x = to_tokens(self.seen(told)) + self.places.weight
+        for block in self.blocks:
+            assert isinstance(block, TransformerBlock)
+            x = block(x, block.keys_values(text))
+        return to_map(self.said(x), *x0.shape[2:])
 
 
 class Towers(nn.Module):
-    """Both towers and their temperature: what the average is taken of."""
+    """Both towers, their temperature and the denoiser that reads the words: what the average is taken of."""
 
-    def __init__(self, config: ClipConfig) -> None:
+    def __init__(self, config: ClipConfig, latents: VAEConfig) -> None:
         super().__init__()
         self.text, self.vision = CLIPTextModel(config.text), CLIPVisionModel(config.vision)
         # Outside the text model: Stable Diffusion's encoder is CLIP's transformer without its projection.
         self.text_projection = nn.Linear(config.text.hidden_size, config.vision.projection_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
-        self.foretold = Foretold(config.text.hidden_size, config.text.num_attention_heads)
+        side = config.corpus.size // latents.factor
+        self.foretold = Foretold(
+            latents.latent_channels, side, config.text.hidden_size, config.text.num_attention_heads
+        )
 
-    def forward(self, images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """images [B, 3, S, S] in [-1, 1], ids [B, T] -> unit vectors of images and of texts, each [B, D], and the mean
-        squared error of the foretold pictures.
+    def forward(
+        self, images: Tensor, ids: Tensor, x0: Tensor, noise: Tensor, share: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """images [B, 3, S, S] in [-1, 1], ids [B, T], the others as in Foretold -> unit vectors of images and of texts,
+        each [B, D], and the mean squared error of what is foretold.
         """
         hidden, pooled = self.text(ids)
         texts, pictures = self.text_projection(pooled), self.vision(images)
-        foretold = self.foretold(hidden)
-        error = (foretold - nn.functional.adaptive_avg_pool2d(images, foretold.shape[-1])).square().mean()
+        error = (self.foretold(x0, noise, share, hidden) - x0).square().mean()
         return pictures / pictures.norm(dim=-1, keepdim=True), texts / texts.norm(dim=-1, keepdim=True), error
 
     def scale(self) -> Tensor:
@@ -91,22 +107,34 @@ class Towers(nn.Module):
 
 class Contrastive(nn.Module):
     """Symmetric cross-entropy of the similarities of a batch, in which pairs with equal captions count as matches of
-    each other, and the error of the foretold pictures.
+    each other, and the error of what the words foretell.
     """
 
-    def __init__(self, config: ClipConfig) -> None:
+    def __init__(self, config: ClipConfig, vae: AutoencoderKL) -> None:
         super().__init__()
-        self.towers, self.weight = Towers(config), config.foretold_weight
+        self.towers, self.config = Towers(config, vae.config), config
+        self.vae = vae
+
+    @torch.no_grad()
+    def latents(self, signal: Tensor) -> Tensor:
+        """Scaled means of pictures [B, 3, S, S] in [-1, 1], as [B, C, H, W]."""
+        return self.vae.posterior(signal)[0] * self.vae.config.scaling_factor
 
     def forward(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         images, ids = batch
-        pictures, texts, error = self.towers(to_signal(images), ids)
-        similar = self.towers.scale() * pictures @ texts.T
+        signal, numbers = to_signal(images), generator(self.config.loop.seed, step)
+        x0 = self.latents(signal)
+        noise = torch.randn(x0.shape, generator=numbers).to(x0.device)
+        share = LEAST_NOISE + (1 - LEAST_NOISE) * torch.rand(len(x0), generator=numbers).to(x0.device)
+        pictures, texts, error = self.towers(signal, ids, x0, noise, share)
+        with torch.autocast(signal.device.type, enabled=False):  # 8 bits would not tell similar pictures apart
+            similar = self.towers.scale() * pictures.float() @ texts.float().T
         same = (ids[:, None] == ids[None]).all(-1).float()
         wanted = same / same.sum(1, keepdim=True)
         loss = sum(nn.functional.cross_entropy(logits, wanted) for logits in (similar, similar.T)) / 2
         right = same.gather(1, similar.argmax(1, keepdim=True)).mean()
-        return loss + self.weight * error, {"retrieval": right.detach(), "foretold": error.detach()}
+        figures = {"retrieval": right.detach(), "foretold": error.detach()}
+        return loss + self.config.foretold_weight * error, figures
 
 
 def learn_tokenizer(scenes: EmojiScenes, config: ClipConfig) -> CLIPTokenizer:
@@ -124,13 +152,20 @@ def clip(config: ClipConfig) -> Stage:
     torch.manual_seed(config.loop.seed)
     scenes = EmojiScenes(config.corpus, config.loop.seed)
     tokenizer = learn_tokenizer(scenes, config)
-    objective = Contrastive(config)
+    vae = trained(Path(config.first_stage), "AutoencoderKL")
+    assert isinstance(vae, AutoencoderKL)
+    objective = Contrastive(config, vae)
+    objective.vae.to(device_of(config.loop.device, config.loop.threads))
     images, ids = CaptionedBatches(EmojiScenes(config.corpus, HELD_OUT_SEED), tokenizer, HELD_OUT_SCENES)[0]
+
+    x0 = objective.latents(to_signal(images.to(next(objective.vae.parameters()).device))).cpu()
+    noise = torch.randn(x0.shape, generator=generator(HELD_OUT_SEED, 0))
+    share = torch.linspace(LEAST_NOISE, 1, HELD_OUT_SCENES)
 
     @torch.inference_mode()
     def similarities(towers: nn.Module) -> tuple[Tensor, float]:
         device = next(towers.parameters()).device
-        pictures, texts, error = towers(to_signal(images).to(device), ids.to(device))
+        pictures, texts, error = towers(*(v.to(device) for v in (to_signal(images), ids, x0, noise, share)))
         return torch.mm(texts, pictures.T).cpu(), float(error)
 
     def held_out(towers: nn.Module) -> dict[str, float]:
@@ -158,4 +193,8 @@ def clip(config: ClipConfig) -> Stage:
         tokenizer.save(folder / RESULT / "tokenizer")
 
     batches = CaptionedBatches(scenes, tokenizer, config.loop.batch_size)
-    return Stage(objective, objective.towers, batches, held_out, picture, export)
+    tables = [part.weight for part in objective.modules() if isinstance(part, nn.Embedding)]
+    others = [p for p in objective.towers.parameters() if all(p is not table for table in tables)]
+    rate = config.loop.learning_rate
+    groups = (Group(others, rate), Group(tables, rate, orthogonal=False))
+    return Stage(objective, objective.towers, batches, held_out, picture, export, groups)

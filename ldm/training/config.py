@@ -106,9 +106,10 @@ class ClipConfig:
     """`ldm train clip`: text and image towers, trained contrastively on the corpus."""
 
     loop: LoopConfig
+    first_stage: str  # folder with the trained autoencoder (`ldm train first-stage`'s result)
     corpus: CorpusConfig = dataclasses.field(default_factory=CorpusConfig)
     vocab_size: int = 1024
-    foretold_weight: float = 0.0  # of the error of the pictures that the text foretells, beside the contrast
+    foretold_weight: float = 0.0  # of the error of the latents that the text foretells, beside the contrast
     text: CLIPTextConfig = dataclasses.field(default_factory=CLIPTextConfig)
     vision: CLIPVisionConfig = dataclasses.field(default_factory=CLIPVisionConfig)
 

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ldm.checkpoints.components import CLASSES, DIFFUSION, Components, build
-from ldm.checkpoints.load import Bare, load_into
-from ldm.checkpoints.safe import atomic_json, atomic_save_safetensors, read_json, write_manifest
+from ldm.checkpoints.components import DIFFUSION, Components
+from ldm.checkpoints.load import load_into
+from ldm.checkpoints.safe import atomic_json, atomic_save_safetensors, write_manifest
 from ldm.conditioning import encoder_of
 from ldm.data.emoji import EmojiScenes
 from ldm.diffusion.losses import DiffusionLoss
@@ -32,7 +32,7 @@ from ldm.text.encoder import TextEncoder
 from ldm.text.tokenizer import CLIPTokenizer
 from ldm.training.clip import CaptionedBatches
 from ldm.training.config import DenoiserConfig, LoopConfig
-from ldm.training.first_stage import HELD_OUT_SEED, tile, to_signal
+from ldm.training.first_stage import HELD_OUT_SEED, tile, to_signal, trained
 from ldm.training.loop import RESULT, Batch, Stage, ahead, device_of, generator
 
 HELD_OUT_SCENES = 256
@@ -122,26 +122,13 @@ def scheduler_config(config: DenoiserConfig) -> dict[str, object]:
 def components(config: DenoiserConfig) -> Components:
     """The frozen parts of the finished stages and a fresh U-Net. UsageError when a stage was not trained yet."""
     torch.manual_seed(config.loop.seed)
-    folders = {
-        "vae": (Path(config.first_stage), "AutoencoderKL"),
-        "text_encoder": (Path(config.clip) / "text_encoder", "CLIPTextModel"),
-    }
-    for name, (folder, _) in folders.items():
-        if not (folder / "config.json").is_file():
-            raise UsageError(
-                f"there is no trained {name} in {folder}; train it first (`ldm train first-stage`, `ldm train clip`)"
-            )
-    models: dict[str, nn.Module] = {}
-    for name, (folder, class_name) in folders.items():
-        with Bare():
-            models[name] = build(class_name, read_json(folder / "config.json"))
-        load_into(models[name], [folder / f"{CLASSES[class_name].stem}.safetensors"])
+    text_encoder = trained(Path(config.clip) / "text_encoder", "CLIPTextModel")
     unet = UNet(config.unet)
     init_for_training(unet)
     if config.start:
         load_into(unet, Path(config.start) / "unet" / f"{DIFFUSION}.safetensors", torch.float32)
     unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
-    tokenizer = CLIPTokenizer.from_folder(Path(config.clip) / "tokenizer", config_window(models["text_encoder"]))
+    tokenizer = CLIPTokenizer.from_folder(Path(config.clip) / "tokenizer", config_window(text_encoder))
     defaults = {
         "num_inference_steps": config.num_inference_steps,
         "guidance_scale": config.guidance_scale,
@@ -149,8 +136,8 @@ def components(config: DenoiserConfig) -> Components:
     }
     return Components(
         unet=unet,
-        vae=models["vae"].eval().requires_grad_(False),  # type: ignore[arg-type]  # an AutoencoderKL
-        text_encoder=models["text_encoder"].eval(),  # type: ignore[arg-type]
+        vae=trained(Path(config.first_stage), "AutoencoderKL"),  # type: ignore[arg-type]  # an AutoencoderKL
+        text_encoder=text_encoder,  # type: ignore[arg-type]  # a CLIPTextModel
         tokenizer=tokenizer,
         scheduler_config=scheduler_config(config),
         generation=defaults,
@@ -192,9 +179,8 @@ def cached(c: LoopConfig, count: int, frozen: Components, scenes: EmojiScenes) -
     words = words_of(frozen)
     known = [asdict(scenes.config), count, scenes.seed, words.tokenizer.vocab, words.tokenizer.merges]
     digest = hashlib.sha256(json.dumps(known).encode())
-    for model in (frozen.vae, words.model):
-        for value in model.state_dict().values():
-            digest.update(value.cpu().numpy().tobytes())
+    for value in frozen.vae.state_dict().values():
+        digest.update(value.cpu().numpy().tobytes())
     path = Path(c.out) / f"latents-{digest.hexdigest()[:16]}.safetensors"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)

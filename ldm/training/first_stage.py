@@ -15,8 +15,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.data import Dataset
 
-from ldm.checkpoints.safe import atomic_folder, atomic_json, atomic_save_safetensors
+from ldm.checkpoints.components import CLASSES, build
+from ldm.checkpoints.load import Bare, load_into
+from ldm.checkpoints.safe import atomic_folder, atomic_json, atomic_save_safetensors, read_json
 from ldm.data.emoji import EmojiScenes, Scene
+from ldm.errors import UsageError
 from ldm.evaluation.reconstruction import psnr
 from ldm.models.discriminator import PatchGAN
 from ldm.models.vae import AutoencoderKL
@@ -194,6 +197,18 @@ def tile(images: Tensor, columns: int) -> Image.Image:
     pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte()
     grid = pixels.unflatten(0, (-1, columns))  # [R, C, 3, H, W]
     return Image.fromarray(grid.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).numpy())  # [R H, C W, 3]
+
+
+def trained(folder: Path, class_name: str) -> nn.Module:
+    """The frozen network of a stage that came before. UsageError when that stage has not ended yet."""
+    if not (folder / "config.json").is_file():
+        raise UsageError(
+            f"there is no trained {class_name} in {folder}; train it first (`ldm train first-stage`, `ldm train clip`)"
+        )
+    with Bare():
+        model = build(class_name, read_json(folder / "config.json"))
+    load_into(model, [folder / f"{CLASSES[class_name].stem}.safetensors"])
+    return model.eval().requires_grad_(False)
 
 
 def save_model(model: nn.Module, config: dict[str, object], folder: Path, name: str) -> None:

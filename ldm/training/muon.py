@@ -43,7 +43,7 @@ def _factor(gram: Tensor) -> Tensor:
 
 class Muon(Optimizer):
     """Muon for weights of two or more dimensions (a convolution's [out, in, h, w] is the matrix [out, h w in]), AdamW
-    for all others. Not for tables of embeddings.
+    for all others, and for groups whose `orthogonal` is False: tables of embeddings.
 
     A Muon step is scaled by 0.2 sqrt(longer side), so that its root mean square is AdamW's (Liu et al. 2025,
     arXiv:2502.16982, eq. 4) and both share learning rate and weight decay. Nesterov momentum. Moments are float32.
@@ -52,7 +52,8 @@ class Muon(Optimizer):
     def __init__(
         self, groups: list[dict[str, Any]], betas: tuple[float, float], eps: float, weight_decay: float, momentum: float
     ) -> None:
-        super().__init__(groups, {"betas": betas, "eps": eps, "weight_decay": weight_decay, "momentum": momentum})
+        own = {"betas": betas, "eps": eps, "weight_decay": weight_decay, "momentum": momentum, "orthogonal": True}
+        super().__init__(groups, own)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -63,7 +64,7 @@ class Muon(Optimizer):
                 if p.grad is None:
                     continue
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                if p.ndim > 1 and min(len(p), p[0].numel()) >= LEAST_SIDE:
+                if group["orthogonal"] and p.ndim > 1 and min(len(p), p[0].numel()) >= LEAST_SIDE:
                     update = _nesterov(p.grad.float(), self.state[p], group)
                     matrix = update.movedim(1, -1).flatten(1)  # a view, where convolutions have their channels last
                     alike.setdefault(matrix.shape, []).append((p.movedim(1, -1), matrix))

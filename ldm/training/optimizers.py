@@ -20,11 +20,14 @@ Options = list[dict[str, Any]]
 
 
 class Group(NamedTuple):
-    """Parameters that share a peak learning rate. decays: whether weight decay draws them towards zero."""
+    """Parameters that share a peak learning rate. decays: whether weight decay draws them towards zero. orthogonal:
+    whether Muon takes their matrices for such; tables of embeddings are none.
+    """
 
     params: Sequence[Tensor]
     learning_rate: float
     decays: bool = True
+    orthogonal: bool = True
 
 
 # -- optimisers --------------------------------------------------------------------------------------------------------
@@ -45,8 +48,9 @@ def make_optimizer(name: str, groups: Sequence[Group], c: LoopConfig) -> Optimiz
     for field, value in (("weight_decay", c.weight_decay), *rates):
         if not 0 <= value < math.inf:
             raise UsageError(f"{field} is {value}; it must be a finite number, at least 0")
-    still = {"weight_decay": 0.0}
-    told = [{"params": list(g.params), "lr": g.learning_rate} | ({} if g.decays else still) for g in groups]
+    told: Options = [{"params": list(g.params), "lr": g.learning_rate} for g in groups]
+    for one, group in zip(told, groups, strict=True):
+        one |= ({} if group.decays else {"weight_decay": 0.0}) | ({} if group.orthogonal else {"orthogonal": False})
     return make(told, c)
 
 
