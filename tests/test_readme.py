@@ -18,7 +18,11 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 COMMANDS = [
-    shlex.split(line, comments=True) for kind, text in BLOCKS if kind == "sh" for line in text.splitlines() if line
+    shlex.split(line, comments=True)
+    for kind, text in BLOCKS
+    if kind == "sh"
+    for line in text.replace("\\\n", " ").splitlines()
+    if line
 ]
 HOURS = ("train",)  # its configs and options are tested on runs of their own
 OWN = "model.safetensors"  # a file that the reader has
