@@ -107,8 +107,9 @@ def test_what_is_kept_is_kept_in_the_latents_too(pipeline, picture, scheduler):
     drawn = pipeline(
         OTHER, seed=2, num_inference_steps=4, scheduler=scheduler, image=picture, mask_image="box:16,16,48,48"
     )
-    free = torch.zeros(16, 16, dtype=torch.bool)
-    free[4:12, 4:12] = True
+    side = known.shape[-1]
+    free = torch.zeros(side, side, dtype=torch.bool)
+    free[side // 4 : 3 * side // 4, side // 4 : 3 * side // 4] = True
     assert torch.allclose(drawn.latents[..., ~free], known[..., ~free], atol=2e-5 * float(known.abs().max()))
     assert (drawn.latents[..., free] != known[..., free]).all()
 
@@ -135,7 +136,7 @@ def test_only_the_surroundings_of_a_mask_are_drawn_in_full_size(pipeline, pictur
     )
     kept = outside((30, 40, 90, 100), large)
     assert drawn.images[0].size == (400, 300) and (drawn.request.height, drawn.request.width) == (64, 64)
-    assert drawn.latents.shape[-2:] == (16, 16)
+    assert drawn.latents.shape[-2:] == (pipeline.unet.config.sample_size,) * 2
     assert (array(drawn.images[0])[kept] == array(large)[kept]).all()
     assert (array(drawn.images[0])[60:80, 50:70] != array(large)[60:80, 50:70]).any()
 
@@ -187,10 +188,13 @@ def test_a_gray_mask_is_a_strength_for_each_pixel(pipeline, picture):
     halves[:, 32:], halves[:, :32] = 255, 128
     with torch.inference_mode():
         known = pipeline.vae.encode(to_tensor([picture]))
+    half = known.shape[-1] // 2
     soft = pipeline(OTHER, seed=2, num_inference_steps=8, image=picture, mask_image=Image.fromarray(halves)).latents
     hard = pipeline(OTHER, seed=2, num_inference_steps=8, image=picture, mask_image="box:32,0,64,64").latents
-    assert (soft[..., :8] != known[..., :8]).any() and torch.allclose(hard[..., :8], known[..., :8], atol=1e-4)
-    assert (soft - known)[..., :7].abs().mean() < (soft - known)[..., 9:].abs().mean()
+    left = known[..., :half]
+    assert (soft[..., :half] != left).any() and torch.allclose(hard[..., :half], left, atol=1e-4)
+    free = pipeline(OTHER, seed=2, num_inference_steps=8).latents
+    assert (soft - known)[..., : half - 1].abs().mean() < (free - known)[..., : half - 1].abs().mean()
     gray = Image.new("L", (64, 64), 51)  # a fifth: with 5 steps, the last of them
     one = pipeline(OTHER, seed=2, num_inference_steps=5, image=picture, mask_image=gray)
     lowest = pipeline.sampling(one.request).levels(5).sigmas[4]
@@ -257,7 +261,7 @@ def test_the_noise_of_an_inversion_begins_a_run_of_words_alone(pipeline, picture
     order = pipeline.resolve(Request(WORDS, image=picture, source_prompt=WORDS, num_inference_steps=10, seed=1))
     steps = list(pipeline.sample(order))
     noise = steps[9].latents
-    assert abs(float(noise.std()) - 1) < 0.2
+    assert abs(float(noise.std()) - 1) < 0.3  # two of the sixteen channels carry nothing, and stay small
     again = pipeline(WORDS, latents=noise, guidance_scale=1.0, scheduler="ddim", num_inference_steps=10)
     assert torch.equal(again.latents, steps[-1].latents)
 
@@ -281,7 +285,9 @@ def test_variations_of_a_picture_are_as_far_from_it_as_they_are_asked_to_be(pipe
 
 
 def test_noise_of_a_file_brings_its_size(pipeline, tmp_path):
-    noise = torch.randn(1, 4, 8, 24, generator=torch.Generator().manual_seed(0))
+    factor = pipeline.vae.config.factor
+    shape = (1, pipeline.unet.config.in_channels, 32 // factor, 96 // factor)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     write_noise(tmp_path / "n.safetensors", noise, {})
     drawn = pipeline(WORDS, noise=str(tmp_path / "n.safetensors"), num_inference_steps=1, seed=9)
     assert drawn.images[0].size == (96, 32) and (drawn.request.height, drawn.request.width) == (32, 96)

@@ -220,8 +220,8 @@ def test_memory_of_a_step_is_that_of_a_real_one(model, pictures, tmp_path, field
 
 
 def test_operations_are_those_of_torchs_counter(small):
-    """And counting them changes nothing. Attention is left out of torch's table on the CPU: two products of [L, L] and
-    [L, C].
+    """And counting them changes nothing. Attention that is not trained is left out of torch's table on the CPU: two
+    products of [L, L] and [L, C].
     """
     before = [(p.clone(), p.requires_grad) for net in small.networks.values() for p in net.parameters()]
     dice = torch.get_rng_state()
@@ -236,9 +236,7 @@ def test_operations_are_those_of_torchs_counter(small):
     x, t, context = torch.zeros(2, 4, 8, 8), torch.zeros(2, dtype=torch.long), torch.zeros(2, 77, 32)
     with lora.attached({"unet": small.unet}), FlopCounterMode(display=False) as plain:
         small.unet(x, t, context)
-    blocks = [(32, 16)] * 4  # width and pixels: one on the way down, in the middle, two on the way up
-    attention = sum(2 * (2 * 2 * pixels * (pixels + 77) * width) for width, pixels in blocks)
-    assert ours.forward == plain.get_total_flops() + attention
+    assert ours.forward == plain.get_total_flops()
     with torch.no_grad(), FlopCounterMode(display=False) as plain:
         small.vae.posterior(torch.zeros(1, 3, 16, 16))
     assert encoding.flops == plain.get_total_flops() + 2 * 2 * 64 * 64 * 16

@@ -290,10 +290,11 @@ def test_a_step_to_sigma_0_is_finite(change: dict[str, Any]) -> None:
 
 
 def test_ddim_with_eta_1_from_no_signal_is_ddpm() -> None:
-    """There sqrt(1 - alpha - s^2) is a root of rounding: not a number, or 1e-4; DDPM's is the exact form."""
+    """There diffusers' sqrt(1 - alpha - s^2) is a root of rounding: on some processors not a number, on others 0 or
+    1e-4; DDPM's is the exact form.
+    """
     model = ZERO_SNR | {"clip_sample": False}
     oracle, twin = scheduler("DDIMScheduler", model), scheduler("DDPMScheduler", model)
-    assert theirs(oracle, 20, {"eta": 1.0}).xs[-1].isnan().any()
     run = theirs(twin, 20)
     _, steps = ours(read(oracle), 20, stream(), eta=1.0)
     assert difference("DDIM", read(oracle), steps, run) <= 1e-5

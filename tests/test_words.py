@@ -145,7 +145,10 @@ def test_gradients_equal_those_of_transformers(either, tmp_path):
         found, expected = gradients(network), gradients(theirs[key])
         assert found.keys() == expected.keys() and len(found) >= 18  # of a layer and the embeddings
         for name, grad in expected.items():
-            assert (found[name] - grad).abs().max() <= 1e-5 * max(grad.abs().max(), 1e-2), name
+            if name.endswith("k_proj.bias"):  # a shift of all scores changes nothing: what is there is rounding
+                assert max(found[name].abs().max(), grad.abs().max()) < 1e-6
+            else:
+                assert (found[name] - grad).abs().max() <= 1e-5 * max(grad.abs().max(), 1e-2), name
         rows = expected["embeddings.token_embedding.weight"][-3:]
         assert (words.rows[key].grad - rows).abs().max() <= 1e-5 * rows.abs().max()
         assert (rows.norm(dim=1) > 1e-3).all()
