@@ -18,7 +18,7 @@ KeysValues = tuple[Tensor, Tensor]
 TextKeysValues = tuple[KeysValues | None, KeysValues]
 """Those of the text for both attentions of a TransformerBlock; None where the first is among the pixels."""
 
-FEW = 128  # keys
+FEW = 128  # keys of an attention that is short
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
