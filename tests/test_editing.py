@@ -261,7 +261,7 @@ def test_the_noise_of_an_inversion_begins_a_run_of_words_alone(pipeline, picture
     order = pipeline.resolve(Request(WORDS, image=picture, source_prompt=WORDS, num_inference_steps=10, seed=1))
     steps = list(pipeline.sample(order))
     noise = steps[9].latents
-    assert abs(float(noise.std()) - 1) < 0.3  # two of the sixteen channels carry nothing, and stay small
+    assert abs(float(noise.std()) - 1) < 0.3  # 0.74 with this model, two of whose 16 channels carry nothing
     again = pipeline(WORDS, latents=noise, guidance_scale=1.0, scheduler="ddim", num_inference_steps=10)
     assert torch.equal(again.latents, steps[-1].latents)
 
