@@ -20,13 +20,13 @@ from ldm.data.emoji import CorpusConfig, EmojiScenes
 from ldm.data.glyphs import COLOURED_SHAPES, COLOURS, STYLES
 from ldm.data.words import AND, COUNTS, RELATIONS, SIZES, SceneSpec
 from ldm.errors import UsageError
-from ldm.evaluation.alignment import Judged, Report, evaluate
+from ldm.evaluation.alignment import PSNR_TARGET, Judged, Report, evaluate
 from ldm.evaluation.classes import classes
 from ldm.evaluation.drawing import Drawing, ground_truth
 from ldm.evaluation.judging import Judge, stands
 from ldm.evaluation.matching import HALVES, SIDE, Sighting, halves, rivals, shrunk
 from ldm.evaluation.prompts import CATEGORIES, GlyphScenes, category_of, glyph_prompts, prompts, prompts_of, turns
-from ldm.evaluation.reconstruction import first_stage_psnr, psnr
+from ldm.evaluation.reconstruction import first_stage_psnr, held_out_scenes, psnr
 from ldm.evaluation.scores import Score
 from ldm.models.vae import AutoencoderKL, VAEConfig
 from ldm.training.config import checked
@@ -302,6 +302,16 @@ def test_a_trace_of_a_copy_is_none(few):
     assert not other.objects[0] and not other.right
 
 
+def test_a_trace_of_an_object_is_none(few):
+    """Alone and beside another: at a third of its contrast it is not there, at most of it it is."""
+    for spec in (SceneSpec(("owl",), "blue"), SceneSpec(("taco", "owl"), "blue", "above")):
+        scene = ground_truth(few.scenes, [spec])[0]
+        for strength, right in ((0.85, True), (0.33, False)):
+            faded = np.array(COLOURS["blue"]) + strength * (scene.image.astype(float) - COLOURS["blue"])
+            image = np.where(scene.masks[-1][..., None], faded, scene.image).round().astype(np.uint8)
+            assert few.judge(image, spec).objects == (*[True] * (len(spec.objects) - 1), right)
+
+
 def test_wrong_colours_and_shapes_are_wrong(few):
     for shown, asked in (("red circle", "pink circle"), ("red circle", "red square"), ("orange star", "yellow star")):
         scene = ground_truth(few.scenes, [SceneSpec((shown,), "white")])[0]
@@ -391,6 +401,13 @@ def test_a_new_object_is_seen_where_it_is_and_nowhere_else(with_anchor, few):
         assert judge.judge(scene.image, scene.spec).all_right
 
 
+def test_a_name_whose_contexts_are_all_on_one_side_is_refused():
+    """Of `word1632` the hash holds out all ten backgrounds."""
+    lonely = GlyphScenes("word1632", Image.new("RGBA", (8, 8), "red"), FEW)
+    with pytest.raises(UsageError, match="choose another name"):
+        glyph_prompts(lonely, 10, seen=not lonely.contexts(held_out=False)[0])
+
+
 def test_the_report_on_a_new_object(with_anchor):
     specs = glyph_prompts(with_anchor, 10)
     *rows, report = evaluate(Oracle(with_anchor, specs), with_anchor, 10)
@@ -431,7 +448,14 @@ def test_psnr_in_closed_form():
 
 
 def test_first_stage_psnr_of_the_model_in_the_box(boxed, vae):
-    assert first_stage_psnr(vae, boxed, 32) >= 24
+    assert first_stage_psnr(vae, boxed, 32) >= PSNR_TARGET
+
+
+def test_first_stages_are_judged_by_the_same_kinds_of_scenes():
+    """Whatever shares of them a denoiser was trained on; a corpus that holds out none is refused, and not for ever."""
+    assert torch.equal(held_out_scenes(EmojiScenes(FEW), 6), held_out_scenes(EmojiScenes(replace(FEW, pairs=0.0)), 6))
+    with pytest.raises(UsageError, match="holds out no scene"):
+        held_out_scenes(EmojiScenes(replace(FEW, held_out=0.0)), 1)
 
 
 def test_wilson_intervals():

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import Done, of_velocity, pixels, refused, write_adapters
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ldm.adapters.names import book_of
@@ -191,6 +192,20 @@ def test_a_slow_picture_is_drawn_again_fast(draw) -> None:
     assert (pixels("f.png") == pixels("g.png")).all()
     draw("--from", "s.png", "--fast", "--steps", "2", "-o", "h.png")
     assert read("h.png").request["num_inference_steps"] == 2 and read("h.png").request["scheduler"] == "lcm"
+
+
+def test_another_models_fast_mode_does_not_draw_its_pictures(run, draw, fast, slow, tmp_path, monkeypatch) -> None:
+    """Whose picture it is says the U-Net; the VAE, which the mode may replace, may be another one."""
+    other = tmp_path / "box"
+    shutil.copytree(fast, other)
+    weights = other / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: tensor * 1.01 for name, tensor in load_file(weights).items()}, weights)
+    draw("an owl", "--seed", "3", "-o", "a.png", model=slow)
+    for at_hand, code in ((fast, 0), (other, 1)):
+        monkeypatch.setattr("ldm.sources.model_in_the_box", lambda at_hand=at_hand: at_hand)
+        done = run("generate", "--from", "a.png", "--fast", "--device", "cpu", "-o", f"{code}.png")
+        assert done.code == code, done.err
+    assert "drawn by another model" in done.err and "its unet is" in done.err and not Path("1.png").exists()
 
 
 def test_a_mode_that_was_made_anew_is_told(run, draw, fast, slow, tmp_path) -> None:

@@ -75,6 +75,9 @@ def test_all_on_one_sheet(draw, run, model, tmp_path):
         assert any(np.array_equal(sheet[r : r + 128 : 8, left : left + 128 : 8], pixels(path)) for r in rows)
     for sheet_name, said in (("b.txt", "suffix"), ("a.png", "the sheet of all"), ("sheets/all.png", "--overwrite")):
         refused(run("generate", "--model", model, "an owl", "-o", "a.png", "--sheet", sheet_name), 2, said)
+    for taken in (tmp_path / "a.png", "a.strip.png"):  # the same file by another path, and what lies beside the picture
+        command = run("generate", "--model", model, "an owl", "-o", "a.png", "--strip", "--sheet", taken)
+        refused(command, 2, "the sheet of all")
     assert not (tmp_path / "a.png").exists()
 
 

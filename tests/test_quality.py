@@ -340,14 +340,18 @@ def test_a_careless_painter_is_far_from_rendered_scenes(network, scenes, specs):
 
 
 def test_existing_pictures_are_judged(network, scenes, specs):
-    """By the hundred as well as drawn; of another size they are resized, and the report says so."""
+    """In any order, as well as drawn: what depends on their prompts is left out, and what is near to training scenes is
+    counted alike of them and of rendered ones. Of another size they are resized, and the report says so.
+    """
     drawn = renderings(scenes, specs, "perfect")
     known = judged(Painter(drawn), scenes, specs, network)
-    pictures = {f"{i:02}.png": Image.fromarray(each) for i, each in enumerate(drawn)}
+    pictures = {f"{i:02}.png": Image.fromarray(drawn[i]) for i in RNG.permutation(N)}
     found = judge_pictures(pictures, scenes, specs, network, TRAINING)
-    assert (found.drawn.fid, found.drawn.kid) == (known.drawn.fid, known.drawn.kid)
-    assert found.drawn.memory["pixels"].nearer is None and found.kept is None and found.rows[0].own == {}
-    assert found.rendered == known.rendered and found.note == ""
+    assert found.drawn.fid == pytest.approx(known.drawn.fid, rel=1e-3) and found.drawn.coverage == known.drawn.coverage
+    for figures, drawn_here in ((found.drawn, known.drawn), (found.rendered, known.rendered)):
+        assert figures.kid is None and figures.memory["pixels"].nearer is None
+        assert figures.memory["pixels"].copies >= drawn_here.memory["pixels"].copies
+    assert found.kept is None and found.rows[0].own == {} and found.note == ""
     large = {name: image.resize((128, 128)) for name, image in pictures.items()}
     resized = judge_pictures(large, scenes, specs, network, TRAINING)
     assert resized.note == f"{N} of {N} pictures were resized to 64 x 64" and resized.note in resized.table()

@@ -152,12 +152,18 @@ def quality(
 
 
 def judge(items: Iterable[Any], n: int, output: Path, as_json: bool) -> None:
-    """Draw and judge n pictures behind a bar; keep the report, which comes last, and tell it."""
-    report = None
-    with progress_bar() as bar:
-        task = bar.add_task("drawing and judging", total=n + 1)
-        for report in items:  # noqa: B007  # the last is wanted
-            bar.advance(task)
+    """Draw and judge n pictures behind a bar; keep the report, which comes last, and tell it. Ctrl-C keeps nothing, and
+    leaves with 130.
+    """
+    report, done = None, 0
+    try:
+        with progress_bar() as bar:
+            task = bar.add_task("drawing and judging", total=n + 1)
+            for done, report in enumerate(items):  # noqa: B007  # the last is wanted
+                bar.advance(task)
+    except KeyboardInterrupt:
+        say(f"stopped after some {done} of {n} pictures: a report is made of all of them, so none was written")
+        raise typer.Exit(130) from None
     assert report is not None
     report.save(output)
     print(json.dumps(report.to_dict()) if as_json else report.table())
@@ -165,8 +171,9 @@ def judge(items: Iterable[Any], n: int, output: Path, as_json: bool) -> None:
 
 
 def scenes_of(model: str | None, config: Path | None) -> "EmojiScenes":
-    """The corpus that a model's pictures are judged by: of the denoiser's YAML file if one is named, else what its
-    vocabulary.json says, else the usual one. UsageError: the model was trained on another.
+    """The corpus that a model's pictures are judged by, and of its seed the scenes that it saw last: of the denoiser's
+    YAML file if one is named, else what its vocabulary.json says, else the usual one. UsageError: the model was trained
+    on another.
     """
     from ldm.checkpoints.safe import read_json
     from ldm.data.emoji import CorpusConfig, EmojiScenes
@@ -175,14 +182,15 @@ def scenes_of(model: str | None, config: Path | None) -> "EmojiScenes":
 
     path = (Path(model) if model else model_in_the_box()) / "vocabulary.json"
     known = read_json(path) if path.is_file() else {}
-    said = known.get("corpus", {})
+    said, seed = known.get("corpus", {}), known.get("seed", 0)
     if config:
-        corpus = read_config(config, DenoiserConfig).corpus
+        asked = read_config(config, DenoiserConfig)
+        corpus, seed = asked.corpus, asked.loop.seed
     elif isinstance(said, dict):
         corpus = checked(said, CorpusConfig, f"corpus of {path}")
     else:
         raise UsageError(f"{path}: its corpus is {said!r}, not fields; name the denoiser's YAML file with --config")
-    scenes = EmojiScenes(corpus)
+    scenes = EmojiScenes(corpus, seed)
     refuse_other_corpus(path, known, scenes)
     return scenes
 
@@ -190,14 +198,18 @@ def scenes_of(model: str | None, config: Path | None) -> "EmojiScenes":
 def with_glyph(said: str, config: "CorpusConfig") -> "EmojiScenes":
     """The corpus and one object more, from NAME=PICTURE. UsageError: it is not so written, or no picture is there."""
     from ldm.evaluation.prompts import GlyphScenes
-    from ldm.inputs import decoded
+    from ldm.inputs import DecodeError, decoded
 
     name, _, path = said.partition("=")
     if not name or not path:
         raise UsageError(f"--glyph is {said!r}; write NAME=PICTURE, for example zorbik=zorbik.png")
     if not Path(path).is_file():
         raise UsageError(f"--glyph is to be {path}, and no such file is there; give a PNG of the object on nothing")
-    return GlyphScenes(name, decoded(Path(path).read_bytes()), config)
+    try:
+        picture = decoded(Path(path).read_bytes())
+    except DecodeError as error:
+        raise UsageError(f"--glyph is to be {path}: {error}; give a PNG of the object on nothing") from error
+    return GlyphScenes(name, picture, config)
 
 
 def refuse_other_corpus(path: Path, known: dict[str, Any], scenes: "EmojiScenes") -> None:

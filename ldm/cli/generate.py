@@ -101,9 +101,9 @@ def generate(
     opening = replace(opening, **{name: text for name, text in beside.items() if getattr(opening, name, None) is None})
     recipe = without_unsaid(found.recipe, orders) if found and found.recipe else None
     pipeline = opened(recipe, opening)
-    if recipe and not (opening.model or opening.vae or opening.refiner or hurried):
-        # In another type of numbers the same model has other digests.
-        refuse_other_model(opened(recipe, replace(opening, dtype=None)) if opening.dtype else pipeline, recipe)
+    if recipe and not (opening.model or opening.vae or opening.refiner):
+        same = opened(recipe, replace(opening, dtype=None)) if opening.dtype else pipeline
+        refuse_other_model(same, recipe, ("vae",) if hurried else ())
     pictures = singles([pipeline.resolve(order) for order in orders], sources, written)
     paths = paths_of(output, pictures)
     if dry_run:
@@ -154,13 +154,15 @@ def recipe_in(picture: Path, manner: Manner) -> "Found":
     return found
 
 
-def refuse_other_model(pipeline: "Pipeline", recipe: "Recipe") -> None:
-    """LdmError when the model, or its noise schedule, is not the one of a recipe."""
+def refuse_other_model(pipeline: "Pipeline", recipe: "Recipe", but: Sequence[str] = ()) -> None:
+    """LdmError when the model, or its noise schedule, is not the one of a recipe. In another type of numbers the same
+    model has other digests. but: components that may differ, as the VAE of a fast mode.
+    """
     from ldm.recipe import digests, unequal
 
     now = digests(pipeline)
     for name, then in recipe.components.items():
-        if now.get(name) != then:
+        if now.get(name) != then and name not in but:
             raise LdmError(
                 f"the picture was drawn by another model, {printable(recipe.model)!r}: its {name} is {then[:10]}, here "
                 f"{now.get(name, 'none')[:10]}; name its folder with --model, or name any other to draw with that"
@@ -186,9 +188,9 @@ def files_of(paths: Sequence[Path], manner: Manner) -> list[Path]:
 
     if manner.sheet:
         format_of(manner.sheet)
-    if manner.sheet in paths:
-        raise UsageError(f"{manner.sheet} would be a picture and the sheet of all; choose another name for one of them")
     beside = [each for path in paths for each in (path, *beside_of(path, manner).values())]
+    if manner.sheet and manner.sheet.absolute() in {path.absolute() for path in beside}:
+        raise UsageError(f"{manner.sheet} would be a picture and the sheet of all; choose another name for one of them")
     return [*beside, *([manner.sheet] if manner.sheet else [])]
 
 

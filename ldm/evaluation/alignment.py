@@ -64,11 +64,10 @@ def evaluate(
         raise UsageError(f"{n} prompts were asked for; judge at least one")
     taught = scenes if isinstance(scenes, GlyphScenes) else None
     specs = glyph_prompts(taught, n, seen=seen) if taught else prompts(scenes, n, seen=seen)
-    judge, rows = Judge(scenes), []
+    judge, rows, psnr = Judge(scenes), [], first_stage_psnr(pipeline.vae, scenes)
     for i, (spec, image) in enumerate(zip(specs, drawn(pipeline, specs, how), strict=True)):
         rows.append(Judged(i, n, how.seed + i, spec, image, judge.judge(image, spec)))
         yield rows[-1]
-    psnr = first_stage_psnr(pipeline.vae, scenes)
     yield Report(tuple(rows), psnr, judge.classes, taught.name if taught else "", seen)
 
 

@@ -75,4 +75,7 @@ def read_pictures(folder: str | Path, most: int | None = None) -> dict[str, Imag
             found[path.name] = to_rgb(decoded(path.read_bytes()))
         except LdmError as error:
             raise LdmError(f"{path} cannot be compared: {error}") from error
+    if odd := next((name for name, image in found.items() if image.width != image.height), None):
+        size = "{} x {}".format(*found[odd].size)
+        raise UsageError(f"{folder / odd} has {size} pixels; only square pictures are compared: cut it or take it away")
     return found

@@ -16,7 +16,7 @@ from ldm.evaluation.classes import Classes, classes
 from ldm.evaluation.matching import Array, Sighting, Templates
 
 TOLERANCE = 1.15  # how much smaller or larger than in training an object may be drawn
-LEAST_FIT = 0.5  # of a copy that is counted
+LEAST_FIT = 0.5  # of what counts as seen; objects that went through the first stage have 0.66 and more
 TRIED = 5  # objects whose copies are counted
 # GenEval's rule of positions: centres count as apart by what exceeds a tenth of both boxes' sides, along each axis, and
 # the relation holds whose axis has at least half of that distance.
@@ -92,7 +92,7 @@ class Judge:
         else:
             size = "small" if spec.relation else spec.size
             templates = self.templates(size, spec.style, ground)
-            seen = templates.different(len(spec.objects), difference, colour, ground)
+            seen = templates.different(len(spec.objects), difference, colour, ground, LEAST_FIT)
         objects, exact, stand = self._matched(spec, seen)
         counted = not spec.count or spec.count == len(seen)
         return Verdict(ground == spec.background, objects, exact, stand, counted, ground, tuple(seen))

@@ -129,14 +129,20 @@ class Templates:
         most = float(gain[half, size, y, x])
         return Sighting(self.names[i], (left, top, left + width, top + height), most, most / float(energy[size]))
 
-    def different(self, number: int, difference: Array, background: Array, ground: str = "") -> list[Sighting]:
-        """At most `number` objects that stand beside each other: the best one, then the best of what is left."""
+    def different(
+        self, number: int, difference: Array, background: Array, ground: str = "", fit: float = 0.0
+    ) -> list[Sighting]:
+        """At most `number` objects that stand beside each other: the best one, then the best of what is left. What
+        fits worse than `fit` is a trace or a blot, and none of them.
+        """
         found: list[Sighting] = []
         left = difference.copy()
-        while len(found) < number and (best := self.ranking(left, background, ground)):
+        for _ in range(number):
+            if not (best := self.ranking(left, background, ground)):
+                break
             found += best
             erase(left, best[0])
-        return found
+        return [sighting for sighting in found if sighting.fit >= fit]
 
     def copies(self, name: str, difference: Array, background: Array, fit: float) -> list[Sighting]:
         """Where `name` stands: the best place, then the best in what is left without it, while they fit so well."""

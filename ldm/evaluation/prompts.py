@@ -140,10 +140,13 @@ def glyph_prompts(scenes: GlyphScenes, n: int = PROMPTS, *, seen: bool = False) 
     """n prompts for the object of a GlyphScenes in held-out contexts, of every ten seven alone and three in a relation.
 
     Backgrounds and neighbours take turns; relation, place in it and the background of a pair are decided once for all.
-    seen: the contexts that may be trained on instead.
+    seen: the contexts that may be trained on instead. UsageError: there are none, as for some in a thousand names.
     """
     rng = random.Random("glyph, seen" if seen else "glyph, held out")
-    backgrounds, others = (cycle(rng.sample(found, len(found))) for found in scenes.contexts(held_out=not seen))
+    contexts = scenes.contexts(held_out=not seen)
+    if not all(contexts):
+        raise UsageError(f"{scenes.name!r} has no context of its own to be judged in; choose another name for it")
+    backgrounds, others = (cycle(rng.sample(found, len(found))) for found in contexts)
     alone = (SceneSpec((scenes.name,), colour) for colour in backgrounds)
     return [_beside(scenes.name, next(others), rng) if i % 10 in PAIRS_OF_TEN else next(alone) for i in range(n)]
 

@@ -45,7 +45,7 @@ class Figures:
     """A set of pictures beside rendered scenes."""
 
     fid: float
-    kid: Estimate
+    kid: Estimate | None  # None: the prompts are not known
     coverage: Coverage
     memory: dict[str, Memory]  # by space
 
@@ -94,7 +94,8 @@ def judge_pictures(
     training: int = TRAINING_SCENES,
 ) -> "Report":
     """The same of existing pictures by name, whose prompts are not known one by one; together they are to be of
-    `specs`, as many. UsageError for fewer than 20.
+    `specs`, as many. Without KID, which must leave out the pairs of one prompt; what is a near-copy is decided by the
+    distance to training scenes alone. UsageError for fewer than 20.
     """
     _enough(len(pictures))
     return report(list(pictures.values()), list(pictures), scenes, specs, network, training)
@@ -124,13 +125,15 @@ def report(
         REFERENCE: embed(renderings(scenes, specs, REFERENCE)),
     }
     near = nearest(sets, scenes, training, embed)
-    known = (RENDERED,) if seed is None else (DRAWN, RENDERED)  # whose prompts are
-    own = to_own({name: sets[name] for name in known}, scenes, specs, embed)
+    paired = seed is not None
+    own = to_own({name: sets[name] for name in (DRAWN, RENDERED)}, scenes, specs, embed) if paired else {}
     figures = {}
     for name in (DRAWN, RENDERED):
         ours, truth = sets[name]["features"], sets[REFERENCE]["features"]
         near_copies = {s: memory(near[name][s], near[REFERENCE][s], own.get(name, {}).get(s)) for s in near[name]}
-        figures[name] = Figures(fid(ours, truth), kid(ours, truth), coverage(ours, truth), near_copies)
+        figures[name] = Figures(
+            fid(ours, truth), kid(ours, truth) if paired else None, coverage(ours, truth), near_copies
+        )
     rows = tuple(
         Judged(
             name,
@@ -153,11 +156,11 @@ def _percent(share: float | None) -> str:
 
 ROWS: tuple[tuple[str, Callable[[Figures], str], str], ...] = (
     ("FID", lambda f: f"{f.fid:.3g}", "as rendered"),
-    ("KID, x 1000", lambda f: f"{1000 * f.kid.value:.3g} +- {1000 * f.kid.error:.2g}", "0"),
+    ("KID, x 1000", lambda f: f"{1000 * f.kid.value:.3g} +- {1000 * f.kid.error:.2g}" if f.kid else "", "0"),
     ("precision", lambda f: _percent(f.coverage.precision), "as rendered"),
     ("recall", lambda f: _percent(f.coverage.recall), "as rendered"),
-    ("near-copies, by pixels", lambda f: _percent(f.memory["pixels"].copies), "0 %"),
-    ("near-copies, by features", lambda f: _percent(f.memory["features"].copies), "0 %"),
+    ("near-copies, by pixels", lambda f: _percent(f.memory["pixels"].copies), "<= 1 %"),
+    ("near-copies, by features", lambda f: _percent(f.memory["features"].copies), "<= 1 %"),
     ("nearer to training than to its prompt, by pixels", lambda f: _percent(f.memory["pixels"].nearer), "as rendered"),
     ("... by features", lambda f: _percent(f.memory["features"].nearer), "as rendered"),
     ("distance to training, of the null's, by pixels", lambda f: f"{f.memory['pixels'].ratio:.2f}", "1"),
@@ -229,4 +232,4 @@ class Report:
 
 def _as_json(f: Figures) -> dict[str, object]:
     memory = {space: found._asdict() for space, found in f.memory.items()}
-    return {"fid": f.fid, "kid": f.kid._asdict(), **f.coverage._asdict(), "memorisation": memory}
+    return {"fid": f.fid, "kid": f.kid and f.kid._asdict(), **f.coverage._asdict(), "memorisation": memory}

@@ -8,11 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.data.emoji import EmojiScenes
+from ldm.data.emoji import KINDS, CorpusConfig, EmojiScenes
+from ldm.errors import UsageError
 from ldm.evaluation.distances import fid
 from ldm.evaluation.features import features, fitted
 from ldm.models.classifier import SceneClassifier
 
+SHARES = CorpusConfig().kinds  # of the scenes that a first stage is judged by
 WINDOW, SIGMA = 11, 1.5  # of SSIM's Gaussian window, in pixels
 C1, C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 
@@ -59,13 +61,17 @@ def _windowed(images: Tensor) -> Tensor:
 
 
 def held_out_scenes(scenes: EmojiScenes, n: int) -> Tensor:
-    """n scenes [n, 3, S, S] in [-1, 1] of combinations held out of training, of the corpus' kinds and sizes."""
+    """n scenes [n, 3, S, S] in [-1, 1] of combinations held out of training, of all kinds in the shares that a corpus
+    has by itself, so that first stages can be compared. UsageError: the corpus holds out none.
+    """
+    if not any(scenes.held_out_count(kind) for kind in ("single", "pair")):
+        raise UsageError("the corpus holds out no scene; give it more objects or a larger held_out share")
     images = []
     for i in range(n):
         rng = random.Random(f"held-out scene {i}")
-        spec = scenes.spec(rng)
+        spec = scenes.spec(rng, rng.choices(KINDS, SHARES)[0])
         while not scenes.is_held_out(spec):
-            spec = scenes.spec(rng)
+            spec = scenes.spec(rng, rng.choices(KINDS, SHARES)[0])
         images.append(scenes.draw(spec, rng).image)
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
