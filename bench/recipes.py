@@ -51,11 +51,15 @@ def changed(base: Fields, changes: Fields) -> Fields:
     return fields
 
 
+def digest(fields: Any) -> str:
+    """What tells one configuration from another."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
+
+
 def trained(name: str, fields: Fields, out: Path) -> Path:
     """The result folder of a stage, trained unless it was before."""
     kind, make = STAGES[name]
-    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
-    folder = out / f"{name}-{digest}"
+    folder = out / f"{name}-{digest(fields)}"
     if not (folder / RESULT).is_dir():
         config = checked(changed(fields, {"loop.out": str(folder)}), kind, name)
         for _ in run_stage(make(config), config):
@@ -92,7 +96,7 @@ def measured(stages: dict[str, Fields], drawing: Fields, plan: Fields, out: Path
 
 
 def table(results: list[Fields], plan: Fields) -> str:
-    """Markdown: means over the seeds, and their range where it is wider than what is shown."""
+    """Markdown: means over the seeds, of scores with their range."""
     shown = plan["shown"]
     lines = ["| row | seeds | minutes | PSNR | held-out loss | " + " | ".join(shown) + " |"]
     lines.append("|---|--:|--:|--:|--:|" + "--:|" * len(shown))
@@ -118,16 +122,19 @@ def main() -> None:
     plan = yaml.safe_load(args.plan.read_text("utf-8"))
     kept, begun = args.out / "results.jsonl", time.monotonic()
     results = [json.loads(line) for line in kept.read_text().splitlines()] if kept.is_file() else []
-    done = {(result["row"], result["seed"]) for result in results}
+    known = {result["of"]: result for result in results}
+    shown = []
     for row, seed, stages, drawing in runs(plan):
-        if args.table or (row, seed) in done or time.monotonic() - begun > 60 * args.minutes:
-            continue
-        result = {"row": row, "seed": seed, **measured(stages, drawing, plan, args.out)}
-        print(json.dumps(result), flush=True)
-        results.append(result)
-        with kept.open("a") as file:
-            file.write(json.dumps(result) + "\n")
-    print(table(results, plan))
+        of = digest([row, stages, drawing, plan["prompts"]])
+        if of not in known:
+            if args.table or time.monotonic() - begun > 60 * args.minutes:
+                continue
+            known[of] = {"row": row, "seed": seed, "of": of, **measured(stages, drawing, plan, args.out)}
+            print(json.dumps(known[of]), flush=True)
+            with kept.open("a") as file:
+                file.write(json.dumps(known[of]) + "\n")
+        shown.append(known[of])
+    print(table(shown, plan))
 
 
 if __name__ == "__main__":

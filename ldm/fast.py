@@ -51,6 +51,13 @@ def quickened(c: Components, model: Path, own_vae: bool = False) -> Components:
     return changed
 
 
+def refuse_no_model(model: str | Path) -> Path:
+    """The folder that is to get a fast mode. ModelError: it is no model's."""
+    if not (Path(model) / INDEX).is_file():
+        raise ModelError(f"{model} is no model folder: it has no {INDEX}; name the folder that gets the fast mode")
+    return Path(model)
+
+
 def write_fast(model: str | Path, distilled: str | Path | None = None, decoder: str | Path | None = None) -> Path:
     """Give a model folder a fast mode, or a part of it, and write its manifest anew; returns the folder of that mode.
 
@@ -58,9 +65,7 @@ def write_fast(model: str | Path, distilled: str | Path | None = None, decoder: 
     it is there. The mode is written whole or not at all; if the process ends before the manifest is written, `ldm
     verify` tells so. ModelError: `model` is no model folder, or a part is not where it should be.
     """
-    model = Path(model)
-    if not (model / INDEX).is_file():
-        raise ModelError(f"{model} is no model folder: it has no {INDEX}; name the folder that gets the fast mode")
+    model = refuse_no_model(model)
     parts = {LORA: distilled, GENERATION: distilled}
     parts |= {f"{TINY}/config.json": decoder, f"{TINY}/{DIFFUSION}.safetensors": decoder}
     with atomic_folder(model / FAST) as staging:

@@ -216,7 +216,7 @@ def test_synonyms_name_one_object_only():
 
 def test_vocabulary():
     said = SCENES.vocabulary()
-    assert [o["name"] for o in said["objects"]] == SCENES.names
+    assert [o["name"] for o in said["objects"]] == SCENES.names and said["seed"] == SCENES.seed
     taco, axe = (next(o for o in said["objects"] if o["name"] == name) for name in ("taco", "axe"))
     assert taco == {"name": "taco", "code_point": "1F32E", "subgroup": "food-prepared", "synonyms": []}
     assert axe["synonyms"] == ["ax", "hatchet"]
@@ -229,6 +229,30 @@ def test_vocabulary():
 def test_shares_are_of_one_whole(shares):
     with pytest.raises(UsageError, match=next(iter(shares))):
         CorpusConfig(**shares)
+
+
+FAULTS = {
+    "held_out of the corpus is 1": {"held_out": 1},
+    "objects of the corpus is -5": {"objects": -5},
+    "grid of the corpus is 0": {"grid": 0},
+    "size of the corpus is 64; it must be a multiple of twice its grid, 12": {"grid": 12},
+    "wander of the corpus is 3": {"wander": 3},
+    "1 objects, and its scenes show up to 3": {"objects": 0, "always": ("taco",), "shapes": 0},
+    "0 objects, and its scenes show up to 1": {"objects": 0, "always": ()},
+}
+
+
+@pytest.mark.parametrize("said", FAULTS)
+def test_a_corpus_without_an_end_is_refused(said):
+    """What would hang, or put objects outside of the picture."""
+    with pytest.raises(UsageError, match=said):
+        EmojiScenes(CorpusConfig(**FAULTS[said]))
+
+
+@pytest.mark.parametrize("shares", [{"shapes": 1}, {"sized": 1, "styled": 0}, {"held_out": 0}])
+def test_no_plain_scenes_to_show_are_refused(shares):
+    with pytest.raises(UsageError, match="no 'single' scene"):
+        EmojiScenes(CorpusConfig(**shares)).held_out_specs(4, 1, "single")
 
 
 def test_an_unknown_object_is_refused():

@@ -101,8 +101,6 @@ def test_the_stages_of_a_recipe_fit(recipe: str) -> None:
     assert unet.unet.sample_size * vae.vae.factor == side
     assert unet.unet.in_channels == unet.unet.out_channels == vae.vae.latent_channels
     assert unet.unet.cross_attention_dim == words.text.hidden_size and words.vocab_size == words.text.vocab_size
-    distilled = of(recipe, "distill")
-    assert distilled.model == distilled.weights == of(recipe, "tiny-decoder").weights
 
 
 def test_the_second_denoiser_is_the_first_one_gone_on_with() -> None:

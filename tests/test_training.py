@@ -35,7 +35,16 @@ from ldm.models.unet import CROSS, UNetConfig
 from ldm.models.vae import AutoencoderKL, VAEConfig
 from ldm.pipeline import Pipeline
 from ldm.training.clip import clip
-from ldm.training.config import ClipConfig, DenoiserConfig, FirstStageConfig, LoopConfig, checked, read_config
+from ldm.training.config import (
+    NAMED,
+    ClipConfig,
+    DenoiserConfig,
+    FirstStageConfig,
+    LoopConfig,
+    SmallVAEConfig,
+    checked,
+    read_config,
+)
 from ldm.training.denoiser import LatentBatches, components, denoiser
 from ldm.training.ema import EMA
 from ldm.training.first_stage import (
@@ -49,7 +58,7 @@ from ldm.training.first_stage import (
 )
 from ldm.training.loop import Batch, Progress, Stage, generator, run_stage, train
 from ldm.training.lora_config import LoRAConfig
-from ldm.training.optimizers import RATES
+from ldm.training.optimizers import OPTIMIZERS, RATES
 from ldm.training.state import load_state, save_state, states
 
 ROOT = Path(__file__).parents[1]
@@ -79,7 +88,7 @@ def loop_config(out: Path, **options: Any) -> LoopConfig:
 
 
 def first_stage_config(out: Path, **options: Any) -> FirstStageConfig:
-    vae = VAEConfig(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, sample_size=16, scaling_factor=1)
+    vae = SmallVAEConfig(block_out_channels=(8, 16), norm_num_groups=4, sample_size=16)
     chosen: dict[str, Any] = {"crop": 12, "crops": 1, "disc_start": 1, "disc_width": 4}
     return FirstStageConfig(loop_config(out), CORPUS, vae, **chosen | options)
 
@@ -404,6 +413,22 @@ def test_a_state_of_another_configuration_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "state-4" / "state.safetensors").read_bytes() == before
 
 
+def test_a_stage_goes_on_with_what_it_was_begun_with(tmp_path: Path) -> None:
+    """Its own networks and fields; how often it tells, and in how many processes, may change."""
+    objective, c = Toy(), loop_config(tmp_path, sample_every=100)
+    stage = Stage(
+        objective, objective.model, Pairs(4), lambda _: {}, lambda _: Image.new("RGB", (8, 8)), lambda *_: None
+    )
+    stage = dataclasses.replace(stage, base="1a")
+    assert [progress.step for progress in run_stage(stage, Plan(c))] == [1, 2, 3, 4]
+    free = dataclasses.replace(c, log_every=3, save_every=1, keep_states=5, max_skipped_steps=7)
+    assert [*run_stage(stage, Plan(free, weights="elsewhere"))] == []
+    with pytest.raises(LdmError, match="rank 2, not 3"):
+        next(run_stage(stage, Plan(c, rank=3)))
+    with pytest.raises(LdmError, match="base '1a', not '2b'"):
+        next(run_stage(dataclasses.replace(stage, base="2b"), Plan(c)))
+
+
 def test_unfinished_states_are_passed_over(tmp_path: Path) -> None:
     whole = trained(tmp_path / "whole", Toy(), steps=6).model.weight
     trained(tmp_path, Toy(), steps=2, learning_rate=0.01, final_share=1.0)
@@ -586,6 +611,15 @@ def test_the_adaptive_weight_is_the_ratio_of_gradients(tmp_path: Path) -> None:
     assert float(objective.adaptive_weight((1e3 * a * last).sum(), (0 * last).sum())) == 1e4
 
 
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A stage's configuration."""
+
+    loop: LoopConfig
+    rank: int = 2
+    weights: str = ""
+
+
 class Listener(nn.Module):
     """In place of the text encoder: keeps the ids it is given."""
 
@@ -709,6 +743,11 @@ WRONG = {
     "loop: {out: a, steps: 0}": (r"run.yaml: loop: .*steps is 0; it must be at least 1",),
     "loop: {out: a, batch_size: -1}": (r"batch_size is -1; it must be at least 1",),
     "loop: {out: a, log_every: 0}": (r"log_every is 0",),
+    "loop: {out: a, max_grad_norm: -1}": (r"max_grad_norm is -1.0; it must be at least 0",),
+    "loop: {out: a, ema_decay: 1}": (r"ema_decay is 1.0; it must be below 1",),
+    "loop: {out: a, lr_scheduler: cosin}": (r"unknown lr_scheduler 'cosin'; did you mean 'cosine'",),
+    "loop: {out: a, mixed_precision: bf61}": (r"unknown mixed_precision 'bf61'; did you mean 'bf16'",),
+    "loop: {out: a, report_to: wandb}": (r"unknown report_to 'wandb'; .*tensorboard",),
     "- loop": (r"run.yaml holds list, not fields",),
     "": (r"run.yaml holds NoneType, not fields",),
     "loop: {out: a": (r"run.yaml cannot be read as a YAML file",),
@@ -747,7 +786,16 @@ def test_the_configurations_here_are_read(path: Path) -> None:
     if path.parent.name == "lora":
         assert read_config(path, LoRAConfig).output_name in ("", path.stem)
     else:
-        assert read_config(path, KINDS[path.stem]).loop.steps > 1
+        assert read_config(path, KINDS[path.stem.removesuffix("_2")]).loop.steps > 1
+
+
+def test_names_of_a_run_are_those_that_there_are() -> None:
+    assert (*OPTIMIZERS,) == NAMED["optimizer"] and (*RATES,) == NAMED["lr_scheduler"]
+
+
+def test_a_part_of_the_autoencoder_leaves_the_rest_small(tmp_path: Path) -> None:
+    vae = read_config(written(tmp_path, "loop: {out: a}\nvae: {latent_channels: 8}"), FirstStageConfig).vae
+    assert vae == dataclasses.replace(SmallVAEConfig(), latent_channels=8) and vae.block_out_channels == (16, 32, 64)
 
 
 def test_the_experiments_are_read() -> None:
@@ -773,3 +821,9 @@ def test_stages_ask_for_what_they_need(tmp_path: Path) -> None:
         denoiser(denoiser_config(tmp_path / "run", tmp_path, latents=3))
     with pytest.raises(UsageError, match="device is 'tpu'; use auto, cpu or cuda"):
         trained(tmp_path, Toy(), device="tpu")
+    with pytest.raises(UsageError, match="crop is 20; it must be from 1 to 16, the side of a picture"):
+        first_stage(first_stage_config(tmp_path, crop=20))
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others" / "letter.txt").touch()
+    with pytest.raises(UsageError, match="others is a folder with other things in it"):
+        denoiser(denoiser_config(tmp_path / "run", tmp_path, weights=str(tmp_path / "others")))

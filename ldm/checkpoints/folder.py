@@ -242,6 +242,12 @@ def _generation(values: Json, folder: Path) -> Json:
     return values
 
 
+def refuse_other_folder(path: Path) -> None:
+    """UsageError for a folder that a model may not take: one of other things."""
+    if path.is_dir() and any(path.iterdir()) and not (path / INDEX).is_file():
+        raise UsageError(f"{path} is a folder with other things in it and no {INDEX}; choose a new or empty folder")
+
+
 def save_folder(
     components: Components,
     path: str | Path,
@@ -262,8 +268,7 @@ def save_folder(
     _generation(components.generation, path)
     if variant is not None and not re.fullmatch(r"\w+", variant, re.ASCII):
         raise UsageError(f"variant {variant!r}; it is a word such as fp16")
-    if path.is_dir() and any(path.iterdir()) and not (path / INDEX).is_file():
-        raise UsageError(f"{path} is a folder with other things in it and no {INDEX}; choose a new or empty folder")
+    refuse_other_folder(path)
     with atomic_folder(path) as staging:
         for name, network in components.networks.items():
             (staging / name).mkdir()

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.checkpoints.safe import atomic_save_safetensors, read_header
 from ldm.data.buckets import Placement
@@ -35,6 +35,12 @@ def digest(tensors: Mapping[str, Tensor], of: str = "") -> str:
         known.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         known.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return known.hexdigest()
+
+
+def of_networks(networks: Mapping[str, nn.Module]) -> str:
+    """The digest of all numbers of some networks, by name."""
+    parts = ((name, network.state_dict().items()) for name, network in networks.items())
+    return digest({f"{name}.{key}": tensor for name, tensors in parts for key, tensor in tensors})
 
 
 def latents_key(content: str, placement: Placement, weights: str, dtype: torch.dtype) -> str:

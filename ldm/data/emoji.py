@@ -1,11 +1,13 @@
 """Endless captioned scenes of emoji: the corpus of the model in the box, and the ground truth it is judged by.
 
 A scene is one to four objects on a coloured background, with a caption that says exactly what is drawn. Scene i of a
-corpus depends on (config, seed, i) alone. A fixed, hash-based share of the combinations is held out: training never
-sees them, judging draws only from them.
+corpus depends on (config, seed, i) alone. A fixed, hash-based share of the combinations is held out: an object on a
+background in scenes of that object alone or counted, two objects in any scene. Training never sees them, judging draws
+only from them.
 """
 
 import hashlib
+import math
 import random
 from dataclasses import asdict, dataclass, field
 from itertools import combinations, cycle, islice
@@ -39,6 +41,7 @@ PLACES: dict[str | int, tuple[tuple[float | None, float | None], ...]] = {
     "below two": (LOWER, (0.25, 0.25), (0.75, 0.25)),
 }
 KINDS = ("single", "pair", "and", "triple", "count")
+LIMITS = {"objects": (0, math.inf), "grid": (1, math.inf), "size": (1, math.inf), "wander": (0, 1), "spread": (0, 0.9)}
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,12 @@ class CorpusConfig:
     grid: int = 8  # boxes of objects stand at multiples of this many pixels
     people: bool = False  # also faces and people
 
+    @property
+    def kinds(self) -> tuple[float, ...]:
+        """The shares of KINDS."""
+        several = (self.pairs, self.ands, self.triples, self.counts)
+        return (1 - sum(several), *several)
+
     def __post_init__(self) -> None:
         for names in (("pairs", "ands", "triples", "counts"), ("sized", "styled"), ("shapes",), ("held_out",)):
             shares = [getattr(self, name) for name in names]
@@ -70,6 +79,14 @@ class CorpusConfig:
                     f"{' + '.join(names)} of the corpus is {' + '.join(f'{s:g}' for s in shares)}; they are shares of "
                     "one whole: none below 0, and no more than 1 together"
                 )
+        if self.held_out == 1:
+            raise UsageError("held_out of the corpus is 1; below that something is left to train on")
+        for name, (low, high) in LIMITS.items():
+            if not low <= getattr(self, name) <= high:
+                allowed = f"from {low} to {high:g}" if high < math.inf else f"at least {low}"
+                raise UsageError(f"{name} of the corpus is {getattr(self, name)}; it must be {allowed}")
+        if self.size % (2 * self.grid):
+            raise UsageError(f"size of the corpus is {self.size}; it must be a multiple of twice its grid, {self.grid}")
 
 
 @dataclass(frozen=True)
@@ -103,7 +120,13 @@ class EmojiScenes(Sprites):
                 f"the corpus has no emoji named {unknown[0]!r}; names are CLDR short names of countable things"
             )
         by_hash = sorted((n for n in table if n not in c.always), key=lambda n: share(c.salt, "object", n))
-        super().__init__({n: table[n] for n in sorted([*c.always, *by_hash[: c.objects]])})
+        chosen = sorted({*c.always, *by_hash[: c.objects]})
+        least = int(c.shapes < 1) if c.shapes else 3 if c.triples else 2 if c.pairs or c.ands else 1
+        if len(chosen) < least:
+            raise UsageError(
+                f"the corpus has {len(chosen)} objects, and its scenes show up to {least}; raise `objects`"
+            )
+        super().__init__({n: table[n] for n in chosen})
         self.synonyms = {g.name: g.synonyms for g in self.glyphs.values()}
 
     @property
@@ -115,6 +138,7 @@ class EmojiScenes(Sprites):
         """What a model trained on these scenes can draw, for `vocabulary.json`."""
         return {
             "corpus": asdict(self.config),
+            "seed": self.seed,
             "objects": [
                 {"name": g.name, "code_point": g.code, "subgroup": g.subgroup, "synonyms": list(g.synonyms)}
                 for g in self.glyphs.values()
@@ -136,8 +160,7 @@ class EmojiScenes(Sprites):
     def spec(self, rng: random.Random, kind: str | None = None) -> SceneSpec:
         """Draw what a scene shows. `kind` is one of KINDS; None draws the kind too."""
         c = self.config
-        shares = (1 - c.pairs - c.ands - c.triples - c.counts, c.pairs, c.ands, c.triples, c.counts)
-        kind = kind or rng.choices(KINDS, shares)[0]
+        kind = kind or rng.choices(KINDS, c.kinds)[0]
         background = rng.choice(list(COLOURS))
         number = {"pair": 2, "and": 2, "triple": 3}.get(kind, 1)
         objects = tuple(self._different(rng, number, background))
@@ -170,8 +193,13 @@ class EmojiScenes(Sprites):
         decided by the seed alone.
 
         None comes a second time before all came once: of single objects a corpus holds out only a few hundred.
-        UsageError when it holds out none.
+        UsageError when it holds out none, or has no such scene.
         """
+        c = self.config
+        if c.shapes == 1 or (kind == "single" and c.sized + c.styled == 1):
+            raise UsageError(
+                f"the corpus has no {kind!r} scene of plain emoji; make shapes, or sized and styled, less than 1"
+            )
         rng, found = random.Random(f"held-out {kind} {seed}"), dict[SceneSpec, None]()
         known = self.held_out_count(kind)
         if not known:

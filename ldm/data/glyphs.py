@@ -40,6 +40,9 @@ FONT_FOLDERS = (
 )
 
 
+KEPT = 6000  # sprites in memory; of the box's corpus all, of larger ones 29 kB each
+
+
 def _turned(corners: int, inner: float = 1.0) -> list[tuple[float, float]]:
     """A polygon's corners on a circle, the first on top; inner: radius of a corner between each two, 1 for none."""
     steps = corners if inner == 1 else 2 * corners
@@ -125,10 +128,11 @@ def find_font() -> Path:
 
 
 class Sprites:
-    """Renders of emoji and coloured shapes in all sizes and styles, each made once."""
+    """Renders of emoji and coloured shapes in all sizes and styles; the last few thousand are kept."""
 
     def __init__(self, glyphs: dict[str, Glyph]) -> None:
         self.glyphs = glyphs
+        self._inks: dict[str, Image.Image] = {}
         self._made: dict[tuple[str, int, str, bool], Image.Image] = {}
 
     def sprite(self, name: str, side: int, style: str = "", background: str = "white") -> Image.Image:
@@ -138,8 +142,11 @@ class Sprites:
         """
         dark = background in DARK and style in ("outline", "silhouette")
         if (name, side, style, dark) not in self._made:
-            ink = self._made.get((name, 0, "", False)) or self.ink(name)
-            self._made[name, 0, "", False] = ink
+            if name not in self._inks:
+                self._inks[name] = self.ink(name)
+            if len(self._made) == KEPT:  # in insertion order: the oldest goes
+                del self._made[next(iter(self._made))]
+            ink = self._inks[name]
             self._made[name, side, style, dark] = _styled(ink, side, style, COLOURS["white" if dark else "black"])
         return self._made[name, side, style, dark]
 

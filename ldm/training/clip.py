@@ -18,7 +18,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from ldm.data.cache import of_networks
 from ldm.data.emoji import EmojiScenes
+from ldm.errors import UsageError
 from ldm.models.clip import CLIPTextModel, CLIPVisionModel
 from ldm.models.layers import TransformerBlock, to_map, to_tokens
 from ldm.models.vae import AutoencoderKL, VAEConfig
@@ -138,11 +140,17 @@ class Contrastive(nn.Module):
 
 
 def learn_tokenizer(scenes: EmojiScenes, config: ClipConfig) -> CLIPTokenizer:
-    """A byte-level BPE in CLIP's form, learned from the corpus's captions."""
+    """A byte-level BPE in CLIP's form, learned from the corpus's captions. UsageError: too large for the encoder."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would not survive the fork of the workers
     specs = map(scenes.training_spec, range(TOKENIZER_CAPTIONS))
     captions = [spec.said(dice, scenes.synonyms) for spec, dice in specs]  # as `scene` says them, without drawing
-    return CLIPTokenizer.train(captions, config.vocab_size, config.text.max_position_embeddings)
+    tokenizer = CLIPTokenizer.train(captions, config.vocab_size, config.text.max_position_embeddings)
+    if len(tokenizer.vocab) > config.text.vocab_size:
+        raise UsageError(
+            f"the captions make {len(tokenizer.vocab)} tokens, and text.vocab_size is {config.text.vocab_size}; raise "
+            "it, or lower vocab_size"
+        )
+    return tokenizer
 
 
 def clip(config: ClipConfig) -> Stage:
@@ -154,7 +162,7 @@ def clip(config: ClipConfig) -> Stage:
     tokenizer = learn_tokenizer(scenes, config)
     vae = trained(Path(config.first_stage), "AutoencoderKL")
     assert isinstance(vae, AutoencoderKL)
-    objective = Contrastive(config, vae)
+    objective, base = Contrastive(config, vae), of_networks({"vae": vae})
     objective.vae.to(device_of(config.loop.device, config.loop.threads))
     images, ids = CaptionedBatches(EmojiScenes(config.corpus, HELD_OUT_SEED), tokenizer, HELD_OUT_SCENES)[0]
 
@@ -197,4 +205,4 @@ def clip(config: ClipConfig) -> Stage:
     others = [p for p in objective.towers.parameters() if all(p is not table for table in tables)]
     rate = config.loop.learning_rate
     groups = (Group(others, rate), Group(tables, rate, orthogonal=False))
-    return Stage(objective, objective.towers, batches, held_out, picture, export, groups)
+    return Stage(objective, objective.towers, batches, held_out, picture, export, groups, base=base)

@@ -1,7 +1,7 @@
 """Run configurations: dataclasses that say what may stand in a YAML file, read strictly."""
 
 import dataclasses
-import functools
+import math
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -16,6 +16,20 @@ from ldm.models.vae import VAEConfig
 from ldm.training.ema import gamma_of
 
 T = TypeVar("T")
+NAMED = {  # fields of LoopConfig that take one of a few names
+    "optimizer": ("adamw", "adamw8bit", "muon", "prodigy", "sgd"),
+    "lr_scheduler": (
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "cosine_to_share",
+    ),
+    "mixed_precision": ("no", "bf16", "fp16"),
+    "report_to": ("none", "tensorboard"),
+}  # fmt: skip
+LEAST = {  # ... and whole numbers and others that may not be less; those of the optimisers are looked at there
+    **dict.fromkeys(("steps", "batch_size", "ema_every", "log_every", "save_every", "sample_every"), 1),
+    **dict.fromkeys(("keep_states", "gradient_accumulation_steps", "lr_num_cycles"), 1),
+    **dict.fromkeys(("warmup_steps", "workers", "threads", "seed", "max_skipped_steps", "max_grad_norm"), 0),
+    **dict.fromkeys(("ema_decay", "final_share"), 0),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,9 +39,9 @@ class LoopConfig:
     out: str  # folder of the run: states, samples, curve, result
     steps: int = 1000
     batch_size: int = 16
-    optimizer: str = "adamw"  # a name of ldm.training.optimizers.OPTIMIZERS
+    optimizer: str = "adamw"  # a name of NAMED, as lr_scheduler is
     learning_rate: float = 1e-3  # peak
-    lr_scheduler: str = "cosine_to_share"  # a name of RATES there; this: warm-up, then a cosine down to final_share
+    lr_scheduler: str = "cosine_to_share"  # this: warm-up, then a cosine down to final_share
     warmup_steps: int = 100
     final_share: float = 0.05
     lr_num_cycles: int = 1
@@ -57,11 +71,13 @@ class LoopConfig:
     report_to: str = "none"  # "tensorboard": its event files, too
 
     def __post_init__(self) -> None:
-        least = dict.fromkeys(("steps", "batch_size", "ema_every", "log_every", "save_every", "sample_every"), 1)
-        least |= dict.fromkeys(("keep_states", "gradient_accumulation_steps"), 1)
-        for name, low in (least | dict.fromkeys(("warmup_steps", "workers", "threads", "seed"), 0)).items():
-            if getattr(self, name) < low:
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least {low}")
+        for name, known in NAMED.items():
+            choose(name, getattr(self, name), known)
+        for name, low in LEAST.items():
+            if not low <= getattr(self, name) < math.inf:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least {low}, and finite")
+        if not self.ema_decay < 1:
+            raise UsageError(f"ema_decay is {self.ema_decay}; it must be below 1")
         for sigma_rel in self.ema_profiles:
             gamma_of(sigma_rel)  # refuses what is no length
         every = self.ema_snapshots_every
@@ -71,14 +87,15 @@ class LoopConfig:
             )
 
 
-SMALL_VAE = functools.partial(
-    VAEConfig,
-    block_out_channels=(16, 32, 64),
-    layers_per_block=1,
-    norm_num_groups=8,
-    sample_size=64,
-    scaling_factor=1.0,
-)
+@dataclasses.dataclass(frozen=True)
+class SmallVAEConfig(VAEConfig):
+    """An AutoencoderKL that is trained here; what is not said of it is small."""
+
+    block_out_channels: tuple[int, ...] = (16, 32, 64)
+    layers_per_block: int = 1
+    norm_num_groups: int = 8
+    sample_size: int = 64
+    scaling_factor: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +106,7 @@ class FirstStageConfig:
 
     loop: LoopConfig
     corpus: CorpusConfig = dataclasses.field(default_factory=CorpusConfig)
-    vae: VAEConfig = dataclasses.field(default_factory=SMALL_VAE)
+    vae: SmallVAEConfig = dataclasses.field(default_factory=SmallVAEConfig)
     kl_weight: float = 1e-3  # of the KL divergence per latent value
     square_weight: float = 0.0  # of the squared error, which is what PSNR measures
     edge_weight: float = 1.0  # of the error of horizontal and vertical differences

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -17,9 +18,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ldm.checkpoints.components import DIFFUSION, Components
+from ldm.checkpoints.folder import refuse_other_folder
 from ldm.checkpoints.load import load_into
 from ldm.checkpoints.safe import atomic_json, atomic_save_safetensors, write_manifest
 from ldm.conditioning import encoder_of
+from ldm.data.cache import of_networks
 from ldm.data.emoji import EmojiScenes
 from ldm.diffusion.losses import DiffusionLoss
 from ldm.errors import UsageError
@@ -35,6 +38,7 @@ from ldm.training.config import DenoiserConfig, LoopConfig
 from ldm.training.first_stage import HELD_OUT_SEED, tile, to_signal, trained
 from ldm.training.loop import RESULT, Batch, Stage, ahead, device_of, generator
 
+TELLING = 64  # scenes that tell whether all are rendered as they were
 HELD_OUT_SCENES = 256
 ENCODED_AT_ONCE = 64
 log = logging.getLogger(__name__)
@@ -175,16 +179,19 @@ def encode(
 
 
 def cached(c: LoopConfig, count: int, frozen: Components, scenes: EmojiScenes) -> Batch:
-    """`encode`, kept in the run's folder under a digest of everything it depends on."""
-    words = words_of(frozen)
-    known = [asdict(scenes.config), count, scenes.seed, words.tokenizer.vocab, words.tokenizer.merges]
-    digest = hashlib.sha256(json.dumps(known).encode())
-    for value in frozen.vae.state_dict().values():
-        digest.update(value.cpu().numpy().tobytes())
+    """`encode`, kept in the run's folder under a digest of all it depends on; how scenes are rendered, the
+    first ones tell.
+    """
+    tokenizer = words_of(frozen).tokenizer
+    first = [scenes.scene(i) for i in range(min(count, TELLING))]
+    known = [asdict(scenes.config), count, scenes.seed, [scene.caption for scene in first]]
+    known += [tokenizer.vocab, tokenizer.merges, tokenizer.max_length, frozen.vae.config.to_dict()]
+    digest = hashlib.sha256(json.dumps([*known, of_networks({"vae": frozen.vae})]).encode())
+    digest.update(np.stack([scene.image for scene in first]).tobytes())
     path = Path(c.out) / f"latents-{digest.hexdigest()[:16]}.safetensors"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        encoded = encode(frozen.vae, words.tokenizer, scenes, count, c.workers)
+        encoded = encode(frozen.vae, tokenizer, scenes, count, c.workers)
         atomic_save_safetensors(dict(zip(("mean", "std", "ids"), encoded, strict=True)), path)
     kept = load_file(path)
     return kept["mean"], kept["std"], kept["ids"]
@@ -194,9 +201,14 @@ def denoiser(config: DenoiserConfig) -> Stage:
     """The stage of a configuration. Its result is a whole model folder; `weights` names a second place for it."""
     if config.latents < config.loop.batch_size:
         raise UsageError(f"latents is {config.latents}; it must be at least loop.batch_size, {config.loop.batch_size}")
+    if config.weights:
+        refuse_other_folder(Path(config.weights))
     frozen = components(config)
+    fixed_parts = ("vae", "text_encoder", *(["unet"] if config.start else []))
+    base = of_networks({name: frozen.networks[name] for name in fixed_parts})
     frozen.vae.to(device_of(config.loop.device, config.loop.threads))
     scenes = EmojiScenes(config.corpus, config.loop.seed)
+    sample_prompts(scenes)  # refuses a corpus without them before anything is trained
     schedule, prediction = trained_on(frozen.scheduler_config)
     objective = LatentDiffusion(config, frozen, DiffusionLoss(schedule, prediction, config.snr_gamma or None))
     unseen = EmojiScenes(config.corpus, HELD_OUT_SEED)
@@ -234,7 +246,7 @@ def denoiser(config: DenoiserConfig) -> Stage:
 
     encoded = cached(config.loop, config.latents, frozen, scenes)
     batches = LatentBatches(encoded, config.loop.batch_size, config.loop.seed)
-    return Stage(objective, objective.unet, batches, held_out, picture, export)
+    return Stage(objective, objective.unet, batches, held_out, picture, export, base=base)
 
 
 def sample_prompts(scenes: EmojiScenes) -> Sequence[str]:

@@ -26,12 +26,13 @@ from ldm.checkpoints.components import Components
 from ldm.checkpoints.folder import GENERATION
 from ldm.checkpoints.safe import atomic_folder, atomic_json
 from ldm.conditioning import encoder_of
+from ldm.data.cache import of_networks
 from ldm.data.emoji import CorpusConfig, EmojiScenes
 from ldm.diffusion.losses import LOSSES, Network, rates_at
 from ldm.diffusion.prediction import PREDICTIONS
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UsageError
-from ldm.fast import LORA, write_fast
+from ldm.fast import LORA, refuse_no_model, write_fast
 from ldm.lora import TARGETS, LoRA
 from ldm.loras import architecture
 from ldm.pipeline import Pipeline
@@ -200,13 +201,15 @@ def distill(config: DistillConfig) -> Stage:
     c = config
     if c.latents < c.loop.batch_size:
         raise UsageError(f"latents is {c.latents}; it must be at least loop.batch_size, {c.loop.batch_size}")
+    if c.weights:
+        refuse_no_model(c.weights)
     frozen = open_model(c.model, torch.float32, torch.device("cpu"))
     if frozen.task != "text-to-image" or not isinstance(encoder_of(frozen), TextEncoder):
         raise UsageError(f"{frozen.name} does not draw from texts of one CLIP encoder; distil a model that does")
     frozen.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
     frozen.vae.to(device_of(c.loop.device, c.loop.threads))
     torch.manual_seed(c.loop.seed)
-    networks = {"unet": frozen.unet}
+    networks, base = {"unet": frozen.unet}, of_networks(frozen.networks)
     paths = Paths(*network_of(frozen.scheduler_config), c.points, c.skip)
     objective = Distillation(c, frozen, paths, LoRA.for_model(networks, c.rank, c.lora_alpha, c.targets))
     scenes, unseen = (EmojiScenes(c.corpus, seed) for seed in (c.loop.seed, HELD_OUT_SEED))
@@ -243,4 +246,4 @@ def distill(config: DistillConfig) -> Stage:
             write_fast(c.weights, distilled=folder / RESULT)
 
     batches = LatentBatches(cached(c.loop, c.latents, frozen, scenes), c.loop.batch_size, c.loop.seed)
-    return Stage(objective, objective.lora, batches, held_out, picture, export)
+    return Stage(objective, objective.lora, batches, held_out, picture, export, base=base)

@@ -24,7 +24,8 @@ from ldm.evaluation.reconstruction import psnr
 from ldm.models.discriminator import PatchGAN
 from ldm.models.vae import AutoencoderKL
 from ldm.training.config import FirstStageConfig
-from ldm.training.loop import RESULT, Batch, Stage, generator
+from ldm.training.loop import RESULT, Batch, Stage, device_of, generator
+from ldm.training.world import joined
 
 HELD_OUT_SEED = 1_000_003  # of scenes that no training run draws
 SCALE_SCENES = 512  # scenes over which the scale factor is measured
@@ -79,9 +80,10 @@ class FirstStage(nn.Module):
     discriminator's, so one optimiser step is the simultaneous update of both players.
     """
 
-    def __init__(self, config: FirstStageConfig) -> None:
+    def __init__(self, config: FirstStageConfig, batches_per_step: int = 1) -> None:
+        """batches_per_step: of all processes together."""
         super().__init__()
-        self.config = config
+        self.config, self.batches_per_step = config, batches_per_step
         self.vae = AutoencoderKL(config.vae)
         self.discriminator = PatchGAN(config.vae.in_channels, config.disc_width, 2)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
@@ -101,7 +103,7 @@ class FirstStage(nn.Module):
             "kl": kl.detach(),
             "psnr": psnr(x, y).mean().detach(),
         }
-        if step // c.loop.gradient_accumulation_steps >= c.disc_start:
+        if step // self.batches_per_step >= c.disc_start:
             weights = {name: p.detach() for name, p in self.discriminator.named_parameters()}
             generator_loss = -functional_call(self.discriminator, weights, (y,)).mean()
             weight = c.disc_weight * self.adaptive_weight(reconstruction, generator_loss)
@@ -140,9 +142,13 @@ def first_stage(config: FirstStageConfig) -> Stage:
     """The stage of a configuration. Its result is a folder in diffusers' AutoencoderKL layout, with the measured
     scale factor.
     """
-    torch.manual_seed(config.loop.seed)
-    scenes = EmojiScenes(config.corpus, config.loop.seed)
-    objective = FirstStage(config)
+    c = config.loop
+    if config.crops and not 0 < config.crop <= config.corpus.size:
+        raise UsageError(f"crop is {config.crop}; it must be from 1 to {config.corpus.size}, the side of a picture")
+    torch.manual_seed(c.seed)
+    scenes = EmojiScenes(config.corpus, c.seed)
+    passes = c.gradient_accumulation_steps * joined(device_of(c.device, c.threads)).num_processes
+    objective = FirstStage(config, passes)
     fixed = held_out_images(scenes, 64)
 
     @torch.inference_mode()
@@ -169,12 +175,11 @@ def first_stage(config: FirstStageConfig) -> Stage:
     return Stage(
         objective,
         objective.vae,
-        SceneBatches(
-            scenes, config.loop.batch_size, config.crop, config.crops * config.loop.gradient_accumulation_steps
-        ),
+        SceneBatches(scenes, c.batch_size, config.crop, config.crops * passes),
         held_out,
         picture,
         export,
+        spare=True,  # the discriminator, before disc_start
     )
 
 

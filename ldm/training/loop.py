@@ -68,6 +68,7 @@ class Stage:
     groups: Sequence[Group] = ()  # parameters with peak learning rates of their own; (): all, with the configured one
     spare: bool = False  # some of what is trained has no part in the loss: layers that are left out
     shared: bool = False  # networks are shared among the processes: all take part in held_out and picture
+    base: str = ""  # a digest of the networks that it begins with
 
 
 class Progress(NamedTuple):
@@ -189,7 +190,7 @@ def train(stage: Stage, c: LoopConfig, run: dict[str, Any], ema: EMA) -> Iterato
                 optimizer.zero_grad()
             if bad:
                 skipped += 1
-                tell_skipped(step + 1, skipped, c)
+                leave_out(accelerator, step + 1, skipped, c)
             elif (step + 1) % c.ema_every == 0:
                 ema.update(step // c.ema_every)
             profiles.after(step + 1)
@@ -246,8 +247,8 @@ def scaling(accelerator: Accelerator) -> dict[str, Any]:
     return {} if accelerator.scaler is None else {"scaler": accelerator.scaler.state_dict()}
 
 
-def tell_skipped(step: int, skipped: int, c: LoopConfig) -> None:
-    """Say that a step was left out; NumericalError when that has happened too often."""
+def leave_out(accelerator: Accelerator, step: int, skipped: int, c: LoopConfig) -> None:
+    """Say that a step is left out; NumericalError when that has happened too often."""
     if skipped > c.max_skipped_steps:
         raise NumericalError(
             f"the loss or its gradient is not finite at step {step}"
@@ -255,11 +256,15 @@ def tell_skipped(step: int, skipped: int, c: LoopConfig) -> None:
         )
     if is_main():
         log.warning("step %d is left out: its loss or gradient is not finite (%d so far)", step, skipped)
+    if accelerator.scaler is not None:
+        accelerator.scaler.update()  # it has looked at these gradients; without this it refuses to look at the next
 
 
 def run_stage(stage: Stage, config: Any) -> Iterator[Progress]:
-    """`recorded`, of a stage whose whole configuration, with its `loop`, must be the same when it goes on."""
-    yield from recorded(stage, config.loop, json.loads(json.dumps(dataclasses.asdict(config))))
+    """`recorded`, of a stage whose whole configuration, with its `loop`, must be the same when it goes on (but for FREE
+    fields of `ldm.training.state`), and the networks that it begins with.
+    """
+    yield from recorded(stage, config.loop, json.loads(json.dumps(dataclasses.asdict(config))) | {"base": stage.base})
 
 
 def recorded(stage: Stage, c: LoopConfig, run: dict[str, Any]) -> Iterator[Progress]:

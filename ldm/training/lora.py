@@ -23,7 +23,7 @@ from ldm.adapters.reading import read_adapter
 from ldm.adapters.writing import write_adapter
 from ldm.checkpoints.components import Components
 from ldm.conditioning import encoder_of
-from ldm.data.cache import digest, posterior
+from ldm.data.cache import of_networks, posterior
 from ldm.diffusion.losses import DiffusionLoss
 from ldm.diffusion.noising import perturbed
 from ldm.errors import UsageError, choose
@@ -305,8 +305,7 @@ def steps(run: Run) -> Iterator[Progress]:
         batches = LoRABatches(config, c, run.material)
         for done, of in batches.fill():
             yield Progress(done, {}, None, preparing="latents and texts", of=of)
-    known = ((name, networks[name].state_dict().items()) for name in TRAINED_ON if name in networks)
-    base = digest({f"{name}.{key}": tensor for name, tensors in known for key, tensor in tensors})
+    base = of_networks({name: networks[name] for name in TRAINED_ON if name in networks})
     trainee, groups = trainee_of(config, c, run.start)
     trainee.to(next(c.unet.parameters()).device)
     if config.gradient_checkpointing:

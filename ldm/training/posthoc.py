@@ -120,7 +120,8 @@ def configuration(run: Path, kinds: Mapping[str, type[Any]]) -> tuple[str, Any]:
     if state is None:
         raise LdmError(f"{run} holds no state of a run; give the folder of one, its `loop.out`")
     told = read_json(state / ABOUT)["run"]
-    told.pop("batches_per_step", None)
+    for beside in ("batches_per_step", "base"):
+        told.pop(beside, None)
     name = next((n for n, kind in kinds.items() if told.keys() <= {field.name for field in fields(kind)}), None)
     if name is None or "loop" not in told:
         raise LdmError(f"{run} is no run of ldm train {', '.join(kinds)}; give the folder of one")

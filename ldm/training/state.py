@@ -38,6 +38,11 @@ LEFT_OVER = re.compile(r"\.(?:state-\d+|[0-9a-f]{12})\.(tmp|old)", re.ASCII)  # 
 OWN = re.compile(r"(optimizer|number|group)/(\d+)/(\w+)", re.ASCII)
 TENSORS, ABOUT = "state.safetensors", "state.json"
 DATA = "manifest"  # of a run's fields: the digests of its pictures, `ldm.data.pictures.manifest`
+FREE = {  # ... that may differ when a run goes on: they do not change what is trained (train() keeps batches_per_step)
+    "weights", "loop.out", "loop.workers", "loop.threads", "loop.device", "loop.log_every", "loop.save_every",
+    "loop.sample_every", "loop.sample_first", "loop.keep_states", "loop.report_to", "loop.max_skipped_steps",
+    "loop.gradient_accumulation_steps",
+}  # fmt: skip
 ROOM, NAME = 64 * 1024, 256  # bytes that a state needs beside tensors and JSON: manifest and whole blocks; each tensor
 OR_ELSEWHERE = "or give another folder (`loop.out`, `output_dir`)"
 
@@ -210,13 +215,13 @@ def _about(path: Path) -> dict[str, Any]:
 
 
 def _check_run(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """LdmError unless both say the same. A field that one of them does not know is newer or gone, and does no harm
-    where the other has it empty, 0 or false: that is how things are without it.
+    """LdmError unless both say the same, but for FREE fields. One that only one of them knows is newer or gone, and
+    does no harm where the other has it empty, 0 or false: that is how things are without it.
     """
     pictures = before.pop(DATA, {}), now.pop(DATA, {})
     old, new = _flat(before), _flat(now)
     idle = {key for key in old.keys() ^ new.keys() if not (old.get(key) or new.get(key))}
-    fields = [key for key in dict.fromkeys([*new, *old]) if key not in idle]
+    fields = [key for key in dict.fromkeys([*new, *old]) if key not in idle | FREE]
     changed = [f"{key} {old.get(key)!r}, not {new.get(key)!r}" for key in fields if old.get(key) != new.get(key)]
     if changed:
         raise LdmError(

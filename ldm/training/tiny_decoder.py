@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from ldm.checkpoints.components import DIFFUSION
 from ldm.checkpoints.single_file import open_vae
+from ldm.data.cache import of_networks
 from ldm.data.emoji import CorpusConfig, EmojiScenes
 from ldm.errors import UsageError
 from ldm.evaluation.reconstruction import psnr
-from ldm.fast import write_fast
+from ldm.fast import refuse_no_model, write_fast
 from ldm.models.tiny_vae import AutoencoderTiny, TinyVAEConfig
 from ldm.models.vae import AutoencoderKL, VAEConfig
 from ldm.training.config import LoopConfig
@@ -95,6 +96,8 @@ def tiny_decoder(config: TinyDecoderConfig) -> Stage:
     first stage's latents decoded by the tiny decoder, `full_psnr` by the first stage's own, `round_trip_psnr` of the
     tiny encoder's latents decoded by the tiny decoder. Errors as of `open_vae`; UsageError for a tiny autoencoder.
     """
+    if config.weights:
+        refuse_no_model(config.weights)
     torch.manual_seed(config.loop.seed)
     vae = open_vae(config.first_stage, torch.float32)
     if not isinstance(vae, AutoencoderKL):
@@ -135,4 +138,5 @@ def tiny_decoder(config: TinyDecoderConfig) -> Stage:
             write_fast(config.weights, decoder=folder / RESULT)
 
     batches = SceneBatches(scenes, config.loop.batch_size)
-    return Stage(objective, objective.tiny, batches, held_out, picture, export)
+    base = of_networks({"vae": vae})
+    return Stage(objective, objective.tiny, batches, held_out, picture, export, base=base)
