@@ -121,7 +121,9 @@ class EmojiScenes(Sprites):
             )
         by_hash = sorted((n for n in table if n not in c.always), key=lambda n: share(c.salt, "object", n))
         chosen = sorted({*c.always, *by_hash[: c.objects]})
-        least = int(c.shapes < 1) if c.shapes else 3 if c.triples else 2 if c.pairs or c.ands else 1
+        least = 3 if c.triples else 2 if c.pairs or c.ands else 1
+        if c.shapes:  # which are enough for company, and alone for all
+            least = 0 if c.shapes == 1 else 1
         if len(chosen) < least:
             raise UsageError(
                 f"the corpus has {len(chosen)} objects, and its scenes show up to {least}; raise `objects`"

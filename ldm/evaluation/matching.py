@@ -129,17 +129,13 @@ class Templates:
         most = float(gain[half, size, y, x])
         return Sighting(self.names[i], (left, top, left + width, top + height), most, most / float(energy[size]))
 
-    def different(
-        self, number: int, difference: Array, background: Array, ground: str = "", fit: float = 0.0
-    ) -> list[Sighting]:
+    def different(self, number: int, difference: Array, background: Array, ground: str, fit: float) -> list[Sighting]:
         """At most `number` objects that stand beside each other: the best one, then the best of what is left. What
         fits worse than `fit` is a trace or a blot, and none of them.
         """
         found: list[Sighting] = []
         left = difference.copy()
-        for _ in range(number):
-            if not (best := self.ranking(left, background, ground)):
-                break
+        while len(found) < number and (best := self.ranking(left, background, ground)):
             found += best
             erase(left, best[0])
         return [sighting for sighting in found if sighting.fit >= fit]

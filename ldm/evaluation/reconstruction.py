@@ -69,8 +69,8 @@ def held_out_scenes(scenes: EmojiScenes, n: int) -> Tensor:
     images = []
     for i in range(n):
         rng = random.Random(f"held-out scene {i}")
-        spec = scenes.spec(rng, rng.choices(KINDS, SHARES)[0])
-        while not scenes.is_held_out(spec):
+        spec = None
+        while spec is None or not scenes.is_held_out(spec):
             spec = scenes.spec(rng, rng.choices(KINDS, SHARES)[0])
         images.append(scenes.draw(spec, rng).image)
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1

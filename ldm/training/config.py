@@ -14,16 +14,12 @@ from ldm.models.clip import CLIPTextConfig, CLIPVisionConfig
 from ldm.models.unet import UNetConfig
 from ldm.models.vae import VAEConfig
 from ldm.training.ema import gamma_of
+from ldm.training.lora_config import NAMED as OF_LORA
 
 T = TypeVar("T")
-NAMED = {  # fields of LoopConfig that take one of a few names
-    "optimizer": ("adamw", "adamw8bit", "muon", "prodigy", "sgd"),
-    "lr_scheduler": (
-        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "cosine_to_share",
-    ),
-    "mixed_precision": ("no", "bf16", "fp16"),
-    "report_to": ("none", "tensorboard"),
-}  # fmt: skip
+ALSO = {"optimizer": ("muon",), "lr_scheduler": ("cosine_to_share",), "mixed_precision": (), "report_to": ()}
+# Fields of LoopConfig that take one of a few names: those of LoRA runs, and some of their own.
+NAMED = {name: (*OF_LORA[name], *own) for name, own in ALSO.items()}
 LEAST = {  # ... and whole numbers and others that may not be less; those of the optimisers are looked at there
     **dict.fromkeys(("steps", "batch_size", "ema_every", "log_every", "save_every", "sample_every"), 1),
     **dict.fromkeys(("keep_states", "gradient_accumulation_steps", "lr_num_cycles"), 1),
