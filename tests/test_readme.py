@@ -1,5 +1,6 @@
 """What the README says to type is typed, and does what it says."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -47,7 +48,8 @@ def test_the_commands_run(run, model, tmp_path, monkeypatch):
     Python example draws with; every path that is printed is a file.
     """
     monkeypatch.setattr("ldm.sources.model_in_the_box", lambda: model)
-    typed = [command for command in COMMANDS if command[0] == "ldm" and command[1] not in HOURS and OWN not in command]
+    aside = {*HOURS, OWN, "--fast"}
+    typed = [command for command in COMMANDS if command[0] == "ldm" and not aside & {*command}]
     assert len(typed) >= 8
     for command in typed:
         done = run(*command[1:])
@@ -55,6 +57,18 @@ def test_the_commands_run(run, model, tmp_path, monkeypatch):
         if command[1] in ("generate", "grid", "gallery", "data") and "--help" not in command:
             assert done.out and all(Path(line).is_file() for line in done.out.splitlines()), command
     assert {"owl.png", "owl.strip.png", "owl.gif", "gallery.html"} <= {path.name for path in tmp_path.iterdir()}
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_model_in_the_box_is_fast(run, tmp_path, monkeypatch):
+    """Four steps without guidance, and a tiny decoder in a place of its own."""
+    monkeypatch.chdir(tmp_path)
+    ((_, *words),) = [command for command in COMMANDS if "--fast" in command]
+    done = run(*words)
+    with Image.open(done.out.strip()) as image:
+        assert image.size == (64, 64)
+        request = json.loads(image.info["ldm"])["request"]
+    assert (request["num_inference_steps"], request["guidance_scale"]) == (4, 1.0)
 
 
 def test_the_commands_run_with_a_model_of_ones_own(tmp_path, monkeypatch):

@@ -30,6 +30,7 @@ from ldm.checkpoints.safe import check_manifest, read_json
 from ldm.cli.train import STAGES as COMMANDS
 from ldm.data.emoji import CorpusConfig, EmojiScenes
 from ldm.errors import LdmError, ModelError, NumericalError, UsageError
+from ldm.evaluation.drawing import Drawing
 from ldm.models.clip import CLIPTextConfig, CLIPVisionConfig
 from ldm.models.unet import CROSS, UNetConfig
 from ldm.models.vae import AutoencoderKL, VAEConfig
@@ -357,6 +358,11 @@ def trained(out: Path, objective: Toy, batch: int = 4, run: dict[str, Any] | Non
     ):
         assert bool(progress.figures) == (progress.step % c.log_every == 0 or progress.saved is not None)
     return ema
+
+
+def test_runs_of_two_precisions_in_one_process(tmp_path: Path) -> None:
+    ends = [trained(tmp_path / kind, Toy(), mixed_precision=kind).model.weight for kind in ("no", "bf16", "no")]
+    assert torch.equal(ends[0], ends[2]) and not torch.equal(ends[0], ends[1])
 
 
 def learning_rate(step: int, c: LoopConfig) -> float:
@@ -803,7 +809,8 @@ def test_the_experiments_are_read() -> None:
     script = runpy.run_path(str(ROOT / "bench" / "recipes.py"))
     plan = yaml.safe_load((ROOT / "configs" / "experiments.yaml").read_text("utf-8"))
     rows = list(script["runs"](plan))
-    for row, seed, stages, _ in rows:
+    for row, seed, stages, judged in rows:
+        Drawing(**judged.get("drawing", {}))
         for name, fields in stages.items():
             before = {"first_stage": (), "clip": ("first_stage",), "denoiser": ("first_stage", "clip")}[name]
             folders = dict.fromkeys(before, "a")

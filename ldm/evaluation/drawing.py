@@ -16,12 +16,16 @@ AT_ONCE = 8  # pictures of a call; on the CPU they do not depend on it
 
 @dataclass(frozen=True)
 class Drawing:
-    """How pictures are drawn: `seed` is of the first one's noise, the next ones count up; None is the model's own."""
+    """How pictures are drawn: `seed` is of the first one's noise, the next ones count up; None is the model's own.
+    Guidance acts from `guidance_start` to `guidance_stop`, shares of the steps (0..1).
+    """
 
     seed: int = 0
     scheduler: str | None = None
     steps: int | None = None
     guidance: float | None = None
+    guidance_start: float = 0.0
+    guidance_stop: float = 1.0
 
 
 AS_IT_IS = Drawing()
@@ -37,6 +41,8 @@ def drawn(pipeline: Pipeline, specs: Sequence[SceneSpec], how: Drawing) -> Itera
             scheduler=how.scheduler,
             num_inference_steps=how.steps,
             guidance_scale=how.guidance,
+            guidance_start=how.guidance_start,
+            guidance_stop=how.guidance_stop,
         )
         yield from (np.asarray(image) for image in result.images)
 

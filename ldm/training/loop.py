@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from accelerate.state import AcceleratorState
 from PIL import Image
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -221,6 +222,7 @@ def ahead(batches: Dataset[Any], numbers: range, workers: int) -> Iterator[tuple
 
 def accelerated(c: LoopConfig, spare: bool) -> Accelerator:
     """What makes one process or several of a run. spare: of a Stage. UsageError as of `joined`."""
+    AcceleratorState._reset_state()  # a run before it in this process may have had another precision
     return Accelerator(
         cpu=joined(device_of(c.device, c.threads)).device.type == "cpu",
         mixed_precision=c.mixed_precision,
