@@ -128,6 +128,17 @@ def variations(pipeline: ldm.Pipeline, name: str) -> None:
     keep(plot(cells, [f"strength {s:g}" for s in strengths], ["variation seed 1", "variation seed 2"]), name)
 
 
+def fast(pipeline: ldm.Pipeline, name: str) -> None:
+    """What the default and the fast mode draw of the same words and noise."""
+    ways = {"20 steps": pipeline, "fast": ldm.Pipeline.from_pretrained(device="cpu", fast=True)}
+    prompts = (
+        "a fox on a blue background", "four tomatoes on a purple background", PROMPT,
+        "an owl to the left of a pizza on a white background", "a tiger face on a yellow background",
+    )  # fmt: skip
+    cells = [way(prompt, seed=SEED).images[0] for way in ways.values() for prompt in prompts]
+    keep(plot(cells, list(prompts), list(ways)), name)
+
+
 def levels(pipeline: ldm.Pipeline, name: str) -> None:
     """The noise levels each scheduler visits."""
     plot_levels(HERE / f"{name}.png", 20, None)
@@ -175,7 +186,8 @@ def fills(pipeline: ldm.Pipeline, name: str) -> None:
 
 PICTURES: dict[str, Callable[[ldm.Pipeline, str], None]] = {
     "noise": noise, "autoencoder": autoencoder, "estimates": estimates, "guidance": guidance,
-    "schedulers": schedulers, "variations": variations, "levels": levels, **dict.fromkeys(EDITS, edited),
+    "schedulers": schedulers, "variations": variations, "levels": levels, "fast": fast,
+    **dict.fromkeys(EDITS, edited),
     "edit-fill": fills,
 }  # fmt: skip
 

@@ -5,7 +5,7 @@ for item in evaluate(pipeline, EmojiScenes()):   # a Judged after every picture,
 print(item.table())
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,7 +86,7 @@ class Report:
         of_it: dict[str, list[bool]] = {name: [] for name in CATEGORIES}
         for row in self.rows:
             of_it[category_of(row.spec)].append(row.verdict.exactly_right if exactly else row.verdict.right)
-        return [_score(name, flags) for name, flags in of_it.items() if flags]
+        return [Score.counted(name, flags, TARGETS.get(name)) for name, flags in of_it.items() if flags]
 
     def mean(self, exactly: bool = False) -> float:
         """The mean of the categories: GenEval's overall score."""
@@ -97,12 +97,15 @@ class Report:
         """What the pictures show, with objects right up to classes, or exactly."""
         verdicts = [r.verdict for r in self.rows]
         whole = [v.background and (v.exactly_right if exactly else v.right) for v in verdicts]
-        found = [*self.categories(exactly), _score(BACKGROUND, [v.background for v in verdicts])]
+        found = [
+            *self.categories(exactly),
+            Score.counted(BACKGROUND, [v.background for v in verdicts], TARGETS[BACKGROUND]),
+        ]
         if self.glyph:
             taught = [(v.exact if exactly else v.objects)[r.spec.objects.index(self.glyph)]
                       for r, v in zip(self.rows, verdicts, strict=True)]  # fmt: skip
-            found = [Score(f"{self.glyph}, alone or beside another", sum(taught), len(taught), TAUGHT), *found]
-        return [*found, _score("all of the prompt", whole)]
+            found = [Score.counted(f"{self.glyph}, alone or beside another", taught, TAUGHT), *found]
+        return [*found, Score.counted("all of the prompt", whole)]
 
     def cells(self) -> Cells:
         """The table's rows, the heading first."""
@@ -153,7 +156,3 @@ class Report:
     def save(self, folder: str | Path) -> None:
         """Write alignment.json, alignment.md and alignment.png into a folder, each by rename."""
         save_report(Path(folder), "alignment", self.to_dict(), self.cells(), self.sheet(), self.notes())
-
-
-def _score(name: str, flags: Sequence[bool]) -> Score:
-    return Score(name, sum(flags), len(flags), TARGETS.get(name))

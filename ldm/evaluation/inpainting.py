@@ -7,7 +7,7 @@ print(item.table())
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -100,13 +100,13 @@ class Report:
 
     def scores(self) -> list[Score]:
         """What the pictures show, and what the same words show when they are drawn from nothing."""
-        plain = Score("from words alone: object right", *_share([r.plain_verdict.objects[0] for r in self.rows]))
-        replaced = Score("replaced: object right", *_share([r.verdict.objects[0] for r in self.rows]))
+        plain = Score.counted("from words alone: object right", [r.plain_verdict.objects[0] for r in self.rows])
+        near, verdicts = max(0.0, plain.share - NEAR), [r.verdict for r in self.rows]
         return [
             plain,
-            replace(replaced, target=max(0.0, plain.share - NEAR)),
-            Score("replaced: background", *_share([r.verdict.background for r in self.rows])),
-            Score("replaced: every byte outside the mask kept", *_share([r.intact for r in self.rows]), target=1.0),
+            Score.counted("replaced: object right", [v.objects[0] for v in verdicts], near),
+            Score.counted("replaced: background", [v.background for v in verdicts]),
+            Score.counted("replaced: every byte outside the mask kept", [r.intact for r in self.rows], 1.0),
         ]
 
     def table(self) -> str:
@@ -136,7 +136,3 @@ class Report:
     def save(self, folder: str | Path) -> None:
         """Write inpainting.json, inpainting.md and inpainting.png into a folder, each by rename."""
         save_report(Path(folder), "inpainting", self.to_dict(), cells(self.scores()), self.sheet())
-
-
-def _share(flags: list[bool]) -> tuple[int, int]:
-    return sum(flags), len(flags)

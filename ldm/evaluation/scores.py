@@ -23,6 +23,11 @@ class Score:
     of: int
     target: float | None = None
 
+    @classmethod
+    def counted(cls, name: str, flags: Sequence[bool], target: float | None = None) -> "Score":
+        """Of verdicts, one a picture."""
+        return cls(name, sum(flags), len(flags), target)
+
     @property
     def share(self) -> float:
         """right / of."""
