@@ -55,14 +55,17 @@ def digest(fields: Any) -> str:
 
 
 def trained(name: str, fields: Fields, out: Path) -> Path:
-    """The result folder of a stage, trained by its command unless it was before."""
+    """The result folder of a stage, trained by its command unless it was before. SystemExit with its exit code when it
+    is stopped or fails.
+    """
     folder = out / f"{name}-{digest(fields)}"
     if not (folder / RESULT).is_dir():
         folder.mkdir(parents=True, exist_ok=True)
         config = folder / "config.yaml"
         config.write_text(yaml.safe_dump(changed(fields, {"loop.out": str(folder)})), "utf-8")
         command = [sys.executable, "-m", "ldm", "train", name.replace("_", "-"), "--config", str(config)]
-        subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+        if code := subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:
+            raise SystemExit(code)
     return folder / RESULT
 
 
