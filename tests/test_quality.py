@@ -288,7 +288,7 @@ class Painter:
     def encode(x):
         return ((x + 1) * 16).round() / 16 - 1
 
-    def __call__(self, words, seed, scheduler=None, num_inference_steps=None, guidance_scale=None):
+    def __call__(self, words, seed, **drawing):
         assert len(words) == len(seed)
         return SimpleNamespace(images=[Image.fromarray(self.pictures[number - self.first]) for number in seed])
 
