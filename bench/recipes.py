@@ -26,7 +26,6 @@ import yaml
 from ldm.data.emoji import CorpusConfig, EmojiScenes
 from ldm.evaluation.alignment import Report, evaluate
 from ldm.evaluation.drawing import Drawing
-from ldm.evaluation.reconstruction import first_stage_psnr
 from ldm.pipeline import Pipeline
 from ldm.training.config import checked
 from ldm.training.loop import RESULT
@@ -97,8 +96,7 @@ def measured(stages: dict[str, Fields], judged: Fields, plan: Fields, out: Path)
     scores = {score.name: score.share for score in report.scores()}
     log = [json.loads(line) for line in (model.parent / "log.jsonl").read_text().splitlines()]
     loss = next(row["held_out_loss"] for row in reversed(log) if "held_out_loss" in row)
-    psnr = first_stage_psnr(pipeline.vae, scenes)
-    return {"seconds": seconds, "psnr": psnr, "held_out_loss": None if judged else loss, "scores": scores}
+    return {"seconds": seconds, "psnr": report.psnr, "held_out_loss": None if judged else loss, "scores": scores}
 
 
 def table(results: list[Fields], plan: Fields) -> str:

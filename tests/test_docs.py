@@ -471,8 +471,8 @@ def test_pictures_are_drawn_and_small(place, monkeypatch):
     for path in there:
         assert any(f"](pictures/{path.name})" in text for text in PAGES.values()), path.name
     script["main"].__globals__["HERE"] = place / "drawn"
-    dear = {"schedulers", *edits}  # too many steps for here; and this model has no fast mode
-    script["main"]([name for name in script["PICTURES"] if name not in dear | {"fast"}])
+    aside = {"schedulers", *edits, "fast"}  # too many steps for here; and this model has no fast mode
+    script["main"]([name for name in script["PICTURES"] if name not in aside])
     for path in (place / "drawn").iterdir():
         with Image.open(path) as image:
             assert image.mode == "P" and image.width > image.height

@@ -796,7 +796,7 @@ def test_the_configurations_here_are_read(path: Path) -> None:
 
 
 def test_names_of_a_run_are_those_that_there_are() -> None:
-    assert sorted(OPTIMIZERS) == sorted(NAMED["optimizer"]) and sorted(RATES) == sorted(NAMED["lr_scheduler"])
+    assert (*OPTIMIZERS,) == NAMED["optimizer"] and (*RATES,) == NAMED["lr_scheduler"]
 
 
 def test_a_part_of_the_autoencoder_leaves_the_rest_small(tmp_path: Path) -> None:

@@ -108,9 +108,9 @@ def _package(name: str, optimizer: str) -> Any:
 OPTIMIZERS: dict[str, Callable[[Options, LoopConfig], Optimizer]] = {
     "adamw": _adamw,
     "adamw8bit": _adamw8bit,
-    "muon": _muon,
     "prodigy": _prodigy,
     "sgd": _sgd,
+    "muon": _muon,
 }
 
 # -- schedules of the learning rate ------------------------------------------------------------------------------------
