@@ -303,8 +303,10 @@ def test_the_scale_factor_is_measured(unbroken: Path) -> None:
     with torch.no_grad():  # and of one whose latents are small and clear, so that the scenes make their spread
         vae.quant_conv.weight.mul_(0.05)
         vae.quant_conv.bias.zero_()[4:].fill_(-12.0)
-    scale = measured_scale(vae, held_out_images(EmojiScenes(CORPUS), 256))
+    images = held_out_images(EmojiScenes(CORPUS), 256)
+    scale = measured_scale(vae, images)
     assert scale > 2 * config.scaling_factor
+    assert measured_scale(vae.to(memory_format=torch.channels_last), images) == scale  # by sums in another order
     vae.config = dataclasses.replace(config, scaling_factor=scale)
     assert abs(spread_of(vae, seed=78) - 1) <= 0.02
 
