@@ -57,17 +57,14 @@ docs: $(VENV)/.docs ## build the documentation as a site into out/site, offline
 	@$(BIN)/zensical build --strict --clean
 	$(SAY) 'the site begins in out/site/index.html'
 
-# A recipe may go on with its denoiser by a second file: denoiser-2 is `ldm train denoiser` by denoiser_2.yaml.
-STAGES := first-stage clip denoiser denoiser-2 tiny-decoder distill classifier
+STAGES := first-stage clip denoiser tiny-decoder distill classifier
 
 weights: $(VENV)/.train ## train a model again from nothing, by RECIPE=cpu (hours; goes on where it was stopped)
 	$(if $(wildcard configs/$(RECIPE)/first_stage.yaml),,$(error there is no recipe configs/$(RECIPE); give RECIPE=cpu, flagship or quick))
 	@for stage in $(STAGES); do \
 	  config=configs/$(RECIPE)/$$(printf '%s' "$$stage" | tr - _).yaml; \
-	  if [ -f "$$config" ]; then \
-	    printf '==> %s, by %s\n' "$$stage" "$$config"; \
-	    $(BIN)/ldm train "$${stage%-2}" --config "$$config" || exit; \
-	  fi; \
+	  printf '==> %s, by %s\n' "$$stage" "$$config"; \
+	  $(BIN)/ldm train "$$stage" --config "$$config" || exit; \
 	done
 
 clean: ## remove the environment, caches, builds and demo pictures (training runs stay)

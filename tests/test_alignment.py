@@ -17,15 +17,24 @@ from PIL import Image
 
 from ldm.cli.evaluate import scenes_of
 from ldm.data.emoji import CorpusConfig, EmojiScenes
-from ldm.data.glyphs import COLOURED_SHAPES, COLOURS, STYLES
-from ldm.data.words import AND, COUNTS, RELATIONS, SIZES, SceneSpec
+from ldm.data.glyphs import COLOURED_SHAPES, COLOURS, STYLES, TINTS
+from ldm.data.words import AND, COUNTS, IN_STYLE, RELATIONS, SIZES, SceneSpec
 from ldm.errors import UsageError
 from ldm.evaluation.alignment import PSNR_TARGET, Judged, Report, evaluate
 from ldm.evaluation.classes import classes
 from ldm.evaluation.drawing import Drawing, ground_truth
 from ldm.evaluation.judging import Judge, stands
 from ldm.evaluation.matching import HALVES, SIDE, Sighting, halves, rivals, shrunk
-from ldm.evaluation.prompts import CATEGORIES, GlyphScenes, category_of, glyph_prompts, prompts, prompts_of, turns
+from ldm.evaluation.prompts import (
+    CATEGORIES,
+    LOOKS,
+    GlyphScenes,
+    category_of,
+    glyph_prompts,
+    prompts,
+    prompts_of,
+    turns,
+)
 from ldm.evaluation.reconstruction import first_stage_psnr, held_out_scenes, psnr
 from ldm.evaluation.scores import Score
 from ldm.models.vae import AutoencoderKL, VAEConfig
@@ -137,6 +146,20 @@ def test_prompts_that_training_may_see(scenes):
     specs = prompts(scenes, 120, seen=True)
     assert not any(map(scenes.is_held_out, specs)) and len({*specs}) == 120
     assert [*map(category_of, specs)] == [*map(category_of, prompts(scenes, 120))]
+
+
+def test_prompts_of_sizes_and_styles(scenes, judge):
+    """Each size and style as often as the others, tints too; held-out objects on backgrounds that show them."""
+    specs = prompts(scenes, 300, looks=True)
+    assert [*LOOKS] == [*SIZES, *IN_STYLE] and Counter(map(category_of, specs)) == dict.fromkeys(LOOKS, 50)
+    assert all(scenes.is_held_out(s) and s.style != f"tinted {s.background}" for s in specs)
+    tints = Counter(s.style for s in specs if category_of(s) == "tinted")
+    assert {*tints} == {f"tinted {colour}" for colour in TINTS} and max(tints.values()) - min(tints.values()) <= 4
+    assert wrong(judge, specs[:12]) == []
+    plain = replace(FEW, sized=0.0)
+    assert {*map(category_of, prompts(EmojiScenes(plain), 20, looks=True))} == {*IN_STYLE}
+    with pytest.raises(UsageError, match="neither sizes nor styles"):
+        prompts(EmojiScenes(replace(plain, styled=0.0)), looks=True)
 
 
 def test_a_corpus_without_shapes_is_asked_for_none():
@@ -410,6 +433,8 @@ def test_a_name_whose_contexts_are_all_on_one_side_is_refused():
 
 def test_the_report_on_a_new_object(with_anchor):
     specs = glyph_prompts(with_anchor, 10)
+    with pytest.raises(UsageError, match="without sizes and styles"):
+        next(evaluate(Oracle(with_anchor, specs), with_anchor, 10, looks=True))
     *rows, report = evaluate(Oracle(with_anchor, specs), with_anchor, 10)
     assert [r.spec for r in rows] == specs
     assert report.scores()[:3] == [

@@ -14,7 +14,7 @@ import pytest
 import ldm.data.emoji
 from ldm.data.emoji import KINDS, CorpusConfig, EmojiScenes
 from ldm.data.glyphs import BLOCKS, COLOURED_SHAPES, COLOURS, SHAPES, STYLES, TINTS, all_glyphs, find_font
-from ldm.data.words import AND, COUNTS, PHRASINGS, RELATIONS, SIZES, SceneSpec, plural, with_article
+from ldm.data.words import AND, COUNTS, IN_STYLE, PHRASINGS, RELATIONS, SIZES, SceneSpec, plural, with_article
 from ldm.errors import LdmError, UsageError
 
 SCENES = EmojiScenes()
@@ -343,6 +343,8 @@ def test_the_mixture_of_kinds():
     cases += [(sum(bool(s.size) for s in alone), len(alone), c.sized)]
     cases += [(sum(bool(s.style) for s in alone), len(alone), c.styled * (1 - c.shapes))]
     cases += [(sum(name in COLOURED_SHAPES for name in objects), len(objects), c.shapes)]
+    styles = Counter(s.style.partition(" ")[0] for s in alone if s.style)
+    cases += [(styles[kind], styles.total(), 1 / len(IN_STYLE)) for kind in IN_STYLE]
     for found, of, p in cases:
         assert abs(found / of - p) <= 4 * (p * (1 - p) / of) ** 0.5, (found, of, p)
     assert {s.count for s in specs} == {0, 1, 2, 3, 4} and {s.style for s in specs} == {"", *STYLES}
@@ -360,16 +362,18 @@ def test_nothing_is_drawn_in_the_colour_of_its_ground():
 def test_scenes_are_pinned():
     """Words of scene i of the default corpus, which training is run on; pixels may differ by the font's version."""
     scenes = EmojiScenes(seed=0)
-    assert [spec.said(dice, scenes.synonyms) for spec, dice in map(scenes.training_spec, range(6))] == PINNED
+    assert [spec.said(dice, scenes.synonyms) for spec, dice in map(scenes.training_spec, range(8))] == PINNED
 
 
 PINNED = [
     "a magic wand against a yellow background",
-    "a top hat and a white square on a blue background",
-    "the silhouette of a flat shoe on a red background",
-    "draw a black nib to the right of an aubergine on green",
-    "a bell and a seedling, white background",
-    "a pencil to the right of a mahjong red dragon on a brown background",
+    "a black square above a tomato in front of a white background",
+    "the outline of a flat shoe on a red background",
+    "a large purple triangle on a pink background",
+    "a bell above a seedling on a white background",
+    "a pixelated pencil on a brown background",
+    "an octopus on a red background",
+    "an emoji of a purple star on a pink background",
 ]
 
 

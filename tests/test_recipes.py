@@ -10,7 +10,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -44,8 +43,6 @@ TRAIN = import_module("ldm.cli.train")  # `ldm.cli.train` is the command there
 ORDER = ("first-stage", "clip", "denoiser", "tiny-decoder", "distill", "classifier")
 RECIPES = ("cpu", "flagship", "quick")
 FILES = {(recipe, stage): CONFIGS / recipe / f"{STAGES[stage][0]}.yaml" for recipe in RECIPES for stage in ORDER}
-AGAIN = ("cpu", "denoiser-2")  # a second file, with which `ldm train denoiser` goes on
-FILES[AGAIN] = CONFIGS / "cpu" / "denoiser_2.yaml"
 OTHERS = [*(CONFIGS / "lora").glob("*.yaml"), CONFIGS / "experiments.yaml"]
 MEGABYTES = 45  # that all of weights/ may have
 
@@ -59,7 +56,7 @@ def header(path: Path) -> list[str]:
 @cache
 def of(recipe: str, stage: str) -> Any:
     """A stage's configuration, read by its own class."""
-    file, kind, _ = STAGES[stage.removesuffix("-2")]
+    file, kind, _ = STAGES[stage]
     return read_config(FILES[recipe, stage], getattr(import_module(f"ldm.training.{file}"), kind))
 
 
@@ -67,7 +64,7 @@ def of(recipe: str, stage: str) -> Any:
 
 
 def test_every_file_is_one_of_these() -> None:
-    """The recipes have all six stages, one a second file; beside them are LoRAs and the experiments."""
+    """The recipes have all six stages; beside them are LoRAs and the experiments."""
     assert {*CONFIGS.rglob("*.yaml")} == {*FILES.values(), *OTHERS}
 
 
@@ -79,7 +76,7 @@ def test_a_file_begins_with_its_command(recipe: str, stage: str, run, monkeypatc
     first, *rest = header(path)
     words = shlex.split(first.split("   ")[0])
     assert words[0] == "ldm" and run(*words[1:]).code == 0
-    assert started == [(stage.removesuffix("-2"), path.relative_to(ROOT), [], None)]
+    assert started == [(stage, path.relative_to(ROOT), [], None)]
     said = " ".join(rest)
     assert re.search(r"Duration: (planned )?\d", said) and re.search(r"(Scores|Result)[^:]*: (none yet|.*\d)", said)
 
@@ -101,16 +98,6 @@ def test_the_stages_of_a_recipe_fit(recipe: str) -> None:
     assert unet.unet.sample_size * vae.vae.factor == side
     assert unet.unet.in_channels == unet.unet.out_channels == vae.vae.latent_channels
     assert unet.unet.cross_attention_dim == words.text.hidden_size and words.vocab_size == words.text.vocab_size
-
-
-def test_the_second_denoiser_is_the_first_one_gone_on_with() -> None:
-    """Only the run and the shares of kinds of scenes are others: the held-out combinations are the same."""
-    first, again = of("cpu", "denoiser"), of(*AGAIN)
-    assert again.start == f"{first.loop.out}/result" and again.loop.out != first.loop.out
-    shares = dict.fromkeys(("pairs", "ands", "triples", "counts"), 0.0)
-    assert replace(again.corpus, **shares) == replace(first.corpus, **shares)
-    own = {"start": "", "loop": first.loop, "corpus": first.corpus, "latents": first.latents}
-    assert replace(again, **own) == first
 
 
 def test_the_other_files_name_their_command() -> None:
@@ -178,8 +165,6 @@ def make(tmp_path: Path):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_make_weights_runs_the_stages_in_order(make, recipe: str) -> None:
     wanted = [f"train {stage} --config configs/{recipe}/{STAGES[stage][0]}.yaml" for stage in ORDER]
-    if recipe == AGAIN[0]:
-        wanted.insert(3, "train denoiser --config configs/cpu/denoiser_2.yaml")
     assert make(f"RECIPE={recipe}")[:2] == (0, wanted)
     if recipe == "cpu":
         assert make()[:2] == (0, wanted)  # it is what stands for no RECIPE

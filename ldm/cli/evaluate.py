@@ -50,6 +50,9 @@ def alignment(
     seen: Annotated[
         bool, typer.Option("--seen", help="ask for combinations that training may see, instead of those held out of it")
     ] = False,
+    looks: Annotated[
+        bool, typer.Option("--looks", help="ask for sizes and styles in place of GenEval's categories")
+    ] = False,
     scheduler: SchedulerName = None,
     steps: Steps = None,
     guidance: Guidance = None,
@@ -67,7 +70,7 @@ def alignment(
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Judge whether pictures show what their prompts say, in GenEval's categories."""
+    """Judge whether pictures show what their prompts say, in GenEval's categories or in sizes and styles."""
     refuse_unwritable(output / "alignment.json")
     from ldm.cli.opening import Opening, opened
     from ldm.evaluation.alignment import evaluate
@@ -76,7 +79,8 @@ def alignment(
     scenes = scenes_of(model, config)
     scenes = with_glyph(glyph, scenes.config) if glyph else scenes
     pipeline = opened(None, Opening(model=model, device=device, dtype=dtype, lora=lora, fast=fast))
-    judge(evaluate(pipeline, scenes, n, Drawing(seed, scheduler, steps, guidance), seen=seen), n, output, as_json)
+    how = Drawing(seed, scheduler, steps, guidance)
+    judge(evaluate(pipeline, scenes, n, how, seen=seen, looks=looks), n, output, as_json)
 
 
 @app.command(epilog=examples("ldm eval inpainting", "ldm eval inpainting --model path/to/model-folder -n 20 --json"))

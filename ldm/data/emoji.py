@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ldm.data.glyphs import COLOURED_SHAPES, COLOURS, SHAPES, STYLES, Sprites, all_glyphs
-from ldm.data.words import AND, COUNTS, PHRASINGS, RELATIONS, SIZES, SceneSpec
+from ldm.data.words import AND, COUNTS, IN_STYLE, PHRASINGS, RELATIONS, SIZES, SceneSpec
 from ldm.errors import UsageError
 
 # Side of the box an object stands in, and of the object in its middle, as shares of the picture's side, by the size
@@ -53,13 +53,13 @@ class CorpusConfig:
     always: tuple[str, ...] = ("taco", "owl", "pizza", "banana")  # objects of the README's prompts, beside those
     salt: str = "ldm"  # decides which objects, and which combinations are held out
     held_out: float = 0.1  # share of (object, background) and of object pairs never trained on
-    pairs: float = 0.28  # share of scenes with two objects in a relation
-    ands: float = 0.10  # share of scenes with two objects
-    triples: float = 0.06  # share of scenes with three
-    counts: float = 0.18  # share of scenes with one to four of one object, and the number said
+    pairs: float = 0.18  # share of scenes with two objects in a relation
+    ands: float = 0.07  # share of scenes with two objects
+    triples: float = 0.05  # share of scenes with three
+    counts: float = 0.12  # share of scenes with one to four of one object, and the number said
     shapes: float = 0.2  # share of objects that are simple shapes in a colour; the others are emoji
     sized: float = 0.2  # share of scenes of a single object that are small or large, and say so
-    styled: float = 0.15  # ... that are in a style
+    styled: float = 0.35  # ... that are in a style
     spread: float = 0.0  # by how much of its side an object may be smaller than the largest of its size
     wander: float = 1.0  # how much of the room between an object and the border it may wander
     grid: int = 8  # boxes of objects stand at multiples of this many pixels
@@ -176,8 +176,9 @@ class EmojiScenes(Sprites):
         if chance < c.sized:
             return SceneSpec(objects, background, size=rng.choice(SIZES))
         if chance < c.sized + c.styled and objects[0] in self.glyphs:
-            style = rng.choice([s for s in STYLES if s.partition(" ")[2] != background])
-            return SceneSpec(objects, background, style=style)
+            kind = rng.choice(list(IN_STYLE))
+            visible = [s for s in STYLES if s.startswith(kind) and s.partition(" ")[2] != background]
+            return SceneSpec(objects, background, style=rng.choice(visible))
         return SceneSpec(objects, background)
 
     def _different(self, rng: random.Random, number: int, background: str) -> list[str]:

@@ -19,7 +19,7 @@ from ldm.errors import UsageError
 from ldm.evaluation.classes import Classes
 from ldm.evaluation.drawing import AS_IT_IS, Drawing, drawn
 from ldm.evaluation.judging import Judge, Verdict
-from ldm.evaluation.prompts import CATEGORIES, PROMPTS, GlyphScenes, category_of, glyph_prompts, prompts
+from ldm.evaluation.prompts import CATEGORIES, LOOKS, PROMPTS, GlyphScenes, category_of, glyph_prompts, prompts
 from ldm.evaluation.reconstruction import first_stage_psnr
 from ldm.evaluation.scores import Cells, Score, as_json, cells, save_report, table
 from ldm.images import contact_sheet
@@ -50,20 +50,28 @@ class Judged:
 
 
 def evaluate(
-    pipeline: Pipeline, scenes: EmojiScenes, n: int = PROMPTS, how: Drawing = AS_IT_IS, *, seen: bool = False
+    pipeline: Pipeline,
+    scenes: EmojiScenes,
+    n: int = PROMPTS,
+    how: Drawing = AS_IT_IS,
+    *,
+    seen: bool = False,
+    looks: bool = False,
 ) -> Iterator["Judged | Report"]:
     """Draw the first n of the fixed held-out prompts of a corpus, picture i from noise seed `how.seed + i`, and judge
     them.
 
     Of a GlyphScenes they are those of `glyph_prompts`. seen: combinations that training may see, in place of those held
-    out of it.
-    Yields a Judged after every picture (for progress), and at the end one Report. UsageError for n < 1. LdmError when
-    the emoji font is not found.
+    out of it. looks: sizes and styles, in place of GenEval's categories.
+    Yields a Judged after every picture (for progress), and at the end one Report. UsageError for n < 1, and for the
+    looks of a GlyphScenes. LdmError when the emoji font is not found.
     """
     if n < 1:
         raise UsageError(f"{n} prompts were asked for; judge at least one")
     taught = scenes if isinstance(scenes, GlyphScenes) else None
-    specs = glyph_prompts(taught, n, seen=seen) if taught else prompts(scenes, n, seen=seen)
+    if taught and looks:
+        raise UsageError(f"{taught.name!r} has prompts of its own, without sizes and styles; leave looks (--looks) out")
+    specs = glyph_prompts(taught, n, seen=seen) if taught else prompts(scenes, n, seen=seen, looks=looks)
     judge, rows, psnr = Judge(scenes), [], first_stage_psnr(pipeline.vae, scenes)
     for i, (spec, image) in enumerate(zip(specs, drawn(pipeline, specs, how), strict=True)):
         rows.append(Judged(i, n, how.seed + i, spec, image, judge.judge(image, spec)))
@@ -82,14 +90,14 @@ class Report:
     seen: bool = False  # whether the prompts are combinations that training may see
 
     def categories(self, exactly: bool = False) -> list[Score]:
-        """Of each of GenEval's categories that was asked: objects up to classes or exactly, relation and number."""
-        of_it: dict[str, list[bool]] = {name: [] for name in CATEGORIES}
+        """Of each category that was asked: objects up to classes or exactly, relation and number."""
+        of_it: dict[str, list[bool]] = {name: [] for name in CATEGORIES | LOOKS}
         for row in self.rows:
             of_it[category_of(row.spec)].append(row.verdict.exactly_right if exactly else row.verdict.right)
         return [Score.counted(name, flags, TARGETS.get(name)) for name, flags in of_it.items() if flags]
 
     def mean(self, exactly: bool = False) -> float:
-        """The mean of the categories: GenEval's overall score."""
+        """The mean of the categories: of GenEval's the overall score."""
         shares = [score.share for score in self.categories(exactly)]
         return sum(shares) / len(shares)
 

@@ -1,5 +1,5 @@
 """What a model is asked to draw when it is judged: fixed prompts in the six categories of GenEval (Ghosh et al. 2023,
-arXiv:2310.11513), and the prompts for an object that an adapter taught.
+arXiv:2310.11513), others for the corpus' sizes and styles, and the prompts for an object that an adapter taught.
 
 The prompts depend on the objects, the salt and the hold-out of a corpus alone, not on its shares, the seed or the shape
 of a training run.
@@ -13,51 +13,72 @@ from itertools import combinations, cycle, product
 from PIL import Image
 
 from ldm.data.emoji import CorpusConfig, EmojiScenes
-from ldm.data.glyphs import COLOURED_SHAPES, COLOURS, Glyph
-from ldm.data.words import AND, COUNTS, RELATIONS, SceneSpec
+from ldm.data.glyphs import COLOURED_SHAPES, COLOURS, STYLES, Glyph
+from ldm.data.words import AND, COUNTS, IN_STYLE, RELATIONS, SIZES, SceneSpec
 from ldm.errors import UsageError
 
 PROMPTS = 500
+PLAIN = SceneSpec((), "")
 NEW_CONTEXTS = 0.5  # share of the contexts of an object taught by an adapter that it is judged in
 PAIRS_OF_TEN = (2, 5, 8)  # which of every ten prompts for such an object are relations
 
 
 @dataclass(frozen=True)
 class Category:
-    """What the prompts of a category are made of. The ways (relation, count) of saying it take turns."""
+    """What the prompts of a category are made of. The ways of saying it, scenes of nothing yet, take turns."""
 
-    prompts: int  # of PROMPTS
+    share: int  # among those of its table
     objects: int  # in a prompt: one or two
-    ways: tuple[tuple[str, int], ...] = (("", 0),)
+    ways: tuple[SceneSpec, ...] = (PLAIN,)
     shapes: bool = False  # of simple shapes in a colour, otherwise of emoji
 
+    def known_to(self, c: CorpusConfig) -> bool:
+        """Whether a corpus has such scenes."""
+        way = self.ways[0]
+        return all(
+            share for named, share in ((self.shapes, c.shapes), (way.size, c.sized), (way.style, c.styled)) if named
+        )
 
-CATEGORIES: dict[str, Category] = {
+
+CATEGORIES: dict[str, Category] = {  # of 500 prompts
     "single object": Category(100, 1),
-    "two objects": Category(80, 2, ((AND, 0),)),
-    "counting": Category(80, 1, tuple(("", count) for count in COUNTS)),
+    "two objects": Category(80, 2, (replace(PLAIN, relation=AND),)),
+    "counting": Category(80, 1, tuple(replace(PLAIN, count=count) for count in COUNTS)),
     "colours": Category(80, 1, shapes=True),
-    "position": Category(80, 2, tuple((relation, 0) for relation in RELATIONS)),
-    "attribute binding": Category(80, 2, tuple((relation, 0) for relation in (AND, *RELATIONS)), shapes=True),
+    "position": Category(80, 2, tuple(replace(PLAIN, relation=relation) for relation in RELATIONS)),
+    "attribute binding": Category(
+        80, 2, tuple(replace(PLAIN, relation=relation) for relation in (AND, *RELATIONS)), shapes=True
+    ),
 }
+LOOKS: dict[str, Category] = {  # a size or style of a single object
+    **{size: Category(1, 1, (replace(PLAIN, size=size),)) for size in SIZES},
+    **{kind: Category(1, 1, tuple(replace(PLAIN, style=style) for style in STYLES if style.startswith(kind)))
+       for kind in IN_STYLE},
+}  # fmt: skip
 
 
 def category_of(spec: SceneSpec) -> str:
-    """The category, a key of CATEGORIES, that a scene of one or two objects belongs to."""
+    """The category, a key of CATEGORIES or LOOKS, that a scene of one or two objects belongs to."""
+    if spec.size or spec.style:
+        return spec.size or spec.style.partition(" ")[0]
     shapes = spec.objects[0] in COLOURED_SHAPES
     if not spec.relation:
         return "counting" if spec.count else "colours" if shapes else "single object"
     return "attribute binding" if shapes else "two objects" if spec.relation == AND else "position"
 
 
-def prompts(scenes: EmojiScenes, n: int = PROMPTS, *, seen: bool = False) -> list[SceneSpec]:
-    """The fixed prompts of a corpus: held-out combinations, in canonical size, style and words.
+def prompts(scenes: EmojiScenes, n: int = PROMPTS, *, seen: bool = False, looks: bool = False) -> list[SceneSpec]:
+    """The fixed prompts of a corpus: held-out combinations, in canonical words.
 
     The categories take turns, so that the first n hold each in its share; a corpus without shapes has those of emoji
-    alone. seen: combinations that training may see, of the same categories in the same turns.
-    UsageError: the corpus has no combination for one of them.
+    alone. seen: combinations that training may see, of the same categories in the same turns. looks: sizes and styles
+    of a single object, those of LOOKS that the corpus has, instead of GenEval's categories.
+    UsageError: the corpus has no combination for one of them, or no such look.
     """
-    shares = {name: c.prompts for name, c in CATEGORIES.items() if scenes.config.shapes or not c.shapes}
+    asked = LOOKS if looks else CATEGORIES
+    shares = {name: c.share for name, c in asked.items() if c.known_to(scenes.config)}
+    if not shares:
+        raise UsageError("the corpus has neither sizes nor styles to be asked for; leave looks (--looks) out")
     found = {name: prompts_of(scenes, name, seen=seen) for name in shares}
     return [next(found[name]) for name in turns(shares, n)]
 
@@ -73,19 +94,20 @@ def turns(shares: Mapping[str, int], n: int) -> list[str]:
 
 
 def prompts_of(scenes: EmojiScenes, name: str, *, seen: bool = False) -> Iterator[SceneSpec]:
-    """The prompts of one category of CATEGORIES, endless: none of its combinations of words comes a second time before
-    all came once (a corpus holds out only some dozens of coloured shapes on backgrounds).
+    """The prompts of one category of CATEGORIES or LOOKS, endless: none of its combinations of words comes a second
+    time before all came once (a corpus holds out only some dozens of coloured shapes on backgrounds).
     """
-    category, rng = CATEGORIES[name], random.Random(f"{name}, {'seen' if seen else 'held out'}")
+    category, rng = (CATEGORIES | LOOKS)[name], random.Random(f"{name}, {'seen' if seen else 'held out'}")
     ways, found = cycle(category.ways), list(_combinations(scenes, category))
     rng.shuffle(found)
-    held_out = [words for words in found if scenes.is_held_out(_spec(words, *category.ways[0])) != seen]
+    held_out = [words for words in found if scenes.is_held_out(_spec(words, category.ways[0])) != seen]
     if not held_out:
         raise UsageError(f"the corpus has no combination for {name!r}; give it more objects or another held_out share")
     for objects, background in cycle(held_out):
         turned = tuple(rng.sample(objects, len(objects)))
         visible = [c for c in COLOURS if not any(o.startswith(c) and o in COLOURED_SHAPES for o in objects)]
-        yield _spec((turned, background or rng.choice(visible)), *next(ways))
+        stands_on = background or rng.choice(visible)
+        yield _spec((turned, stands_on), next(way for way in ways if way.style != f"tinted {stands_on}"))
 
 
 Words = tuple[tuple[str, ...], str]
@@ -102,8 +124,8 @@ def _combinations(scenes: EmojiScenes, category: Category) -> Iterator[Words]:
             yield pair, ""
 
 
-def _spec(words: Words, relation: str, count: int) -> SceneSpec:
-    return SceneSpec(words[0], words[1], relation=relation, count=count)
+def _spec(words: Words, way: SceneSpec) -> SceneSpec:
+    return replace(way, objects=words[0], background=words[1])
 
 
 class GlyphScenes(EmojiScenes):
