@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ldm.data.glyphs import COLOURED_SHAPES, COLOURS, SHAPES, STYLES, Sprites, all_glyphs
-from ldm.data.words import AND, COUNTS, IN_STYLE, PHRASINGS, RELATIONS, SIZES, SceneSpec
+from ldm.data.glyphs import COLOURED_SHAPES, COLOURS, SHAPES, STYLES, STYLES_OF, Sprites, all_glyphs
+from ldm.data.words import AND, COUNTS, PHRASINGS, RELATIONS, SIZES, SceneSpec
 from ldm.errors import UsageError
 
 # Side of the box an object stands in, and of the object in its middle, as shares of the picture's side, by the size
@@ -176,8 +176,8 @@ class EmojiScenes(Sprites):
         if chance < c.sized:
             return SceneSpec(objects, background, size=rng.choice(SIZES))
         if chance < c.sized + c.styled and objects[0] in self.glyphs:
-            kind = rng.choice(list(IN_STYLE))
-            visible = [s for s in STYLES if s.startswith(kind) and s.partition(" ")[2] != background]
+            of_kind = STYLES_OF[rng.choice(list(STYLES_OF))]
+            visible = [style for style in of_kind if style.partition(" ")[2] != background]
             return SceneSpec(objects, background, style=rng.choice(visible))
         return SceneSpec(objects, background)
 

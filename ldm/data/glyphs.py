@@ -25,7 +25,11 @@ COLOURS: dict[str, RGB] = {
     "black": (18, 18, 18), "white": (246, 246, 246),
 }  # fmt: skip
 TINTS = ("red", "orange", "green", "blue", "purple", "pink")
-STYLES = ("outline", "silhouette", "pixelated", *(f"tinted {colour}" for colour in TINTS))
+STYLES_OF: dict[str, tuple[str, ...]] = {  # each kind of style, which is the first word of its styles
+    **{kind: (kind,) for kind in ("outline", "silhouette", "pixelated")},
+    "tinted": tuple(f"tinted {colour}" for colour in TINTS),
+}
+STYLES = tuple(style for styles in STYLES_OF.values() for style in styles)
 DARK = ("black",)  # grounds on which outlines and silhouettes are white; on all others they are black
 STRIKE = 109  # pixels per em of the font's only bitmaps
 LINE = 0.05  # width of an outline, as a share of the object's longer side

@@ -13,8 +13,8 @@ from itertools import combinations, cycle, product
 from PIL import Image
 
 from ldm.data.emoji import CorpusConfig, EmojiScenes
-from ldm.data.glyphs import COLOURED_SHAPES, COLOURS, STYLES, Glyph
-from ldm.data.words import AND, COUNTS, IN_STYLE, RELATIONS, SIZES, SceneSpec
+from ldm.data.glyphs import COLOURED_SHAPES, COLOURS, STYLES_OF, Glyph
+from ldm.data.words import AND, COUNTS, RELATIONS, SIZES, SceneSpec
 from ldm.errors import UsageError
 
 PROMPTS = 500
@@ -52,9 +52,11 @@ CATEGORIES: dict[str, Category] = {  # of 500 prompts
 }
 LOOKS: dict[str, Category] = {  # a size or style of a single object
     **{size: Category(1, 1, (replace(PLAIN, size=size),)) for size in SIZES},
-    **{kind: Category(1, 1, tuple(replace(PLAIN, style=style) for style in STYLES if style.startswith(kind)))
-       for kind in IN_STYLE},
-}  # fmt: skip
+    **{
+        kind: Category(1, 1, tuple(replace(PLAIN, style=style) for style in styles))
+        for kind, styles in STYLES_OF.items()
+    },
+}
 
 
 def category_of(spec: SceneSpec) -> str:
