@@ -19,12 +19,14 @@ import torch
 from torch import Tensor
 
 from ldm.cli.evaluate import scenes_of
-from ldm.conditioning import TextEncoder
 from ldm.data.emoji import EmojiScenes
 from ldm.data.words import SceneSpec
+from ldm.diffusion.losses import rates_at
 from ldm.evaluation.prompts import LOOKS, prompts_of
 from ldm.pipeline import Pipeline
-from ldm.schedulers import trained_on
+from ldm.schedulers.config import network_of
+from ldm.training.denoiser import words_of
+from ldm.training.distill import Paths
 from ldm.training.first_stage import to_signal
 
 TIMESTEPS = (999, 850, 700, 500, 300)
@@ -35,33 +37,33 @@ def meant(scenes: EmojiScenes, spec: SceneSpec, pipeline: Pipeline) -> tuple[Ten
     """Latents [k, C, H, W] of the scenes that a caption can mean, and how likely each is [k]."""
     images = np.stack([scenes.draw(spec, random.Random(i)).image for i in range(DRAWN)])
     found, often = np.unique(images, axis=0, return_counts=True)
-    mean, _ = pipeline.vae.posterior(to_signal(torch.from_numpy(found).permute(0, 3, 1, 2)))
-    return mean * pipeline.vae.config.scaling_factor, torch.from_numpy(often) / DRAWN
+    signal = to_signal(torch.from_numpy(found).permute(0, 3, 1, 2))
+    return pipeline.vae.encode(signal), torch.from_numpy(often) / DRAWN
 
 
-def best(xt: Tensor, alpha: Tensor, scenes: Tensor, likely: Tensor) -> Tensor:
-    """E[x0 | x_t] [C, H, W] where x_t = sqrt(alpha) x0 + sqrt(1 - alpha) noise and x0 is one of `scenes`."""
-    apart = (xt - alpha.sqrt() * scenes).flatten(1).square().sum(1)
-    weights = (likely.log() - apart / (2 * (1 - alpha))).softmax(0)
+def best(xt: Tensor, alpha: Tensor, beta: Tensor, scenes: Tensor, likely: Tensor) -> Tensor:
+    """E[x0 | x_t] [C, H, W] where x_t = alpha x0 + beta noise and x0 is one of `scenes`."""
+    apart = (xt - alpha * scenes).flatten(1).square().sum(1)
+    weights = (likely.log() - apart / (2 * beta.square())).softmax(0)
     return torch.einsum("k,kchw->chw", weights, scenes)
 
 
 def errors(pipeline: Pipeline, scenes: EmojiScenes, specs: list[SceneSpec]) -> list[tuple[float, float]]:
     """(the denoiser's mean squared error of x0, the least) at each of TIMESTEPS."""
-    encoder, alphas = pipeline.text_encoder, trained_on(pipeline.components.scheduler_config)[0].alphas_cumprod
-    assert isinstance(encoder, TextEncoder)
+    words, paths = words_of(pipeline.components), Paths(*network_of(pipeline.components.scheduler_config))
     known = [meant(scenes, spec, pipeline) for spec in specs]
     dice = torch.Generator().manual_seed(0)
     x0 = torch.stack([latents[likely.multinomial(1, generator=dice)[0]] for latents, likely in known])
     noise = torch.randn(x0.shape, generator=dice)
-    context = encoder.model(encoder.tokenizer([spec.caption() for spec in specs]).ids)[0]
+    context = words.model(words.tokenizer([spec.caption() for spec in specs]).ids)[0]
     found = []
-    for t in TIMESTEPS:
-        alpha = torch.as_tensor(alphas[t], dtype=torch.float32)
-        xt = alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise
-        said = alpha.sqrt() * xt - (1 - alpha).sqrt() * pipeline.unet(xt, torch.full((len(x0),), t), context)
-        least = torch.stack([best(x, alpha, *one) for x, one in zip(xt, known, strict=True)])
-        found.append(tuple(float((guess - x0).square().mean()) for guess in (said, least)))
+    for timestep in TIMESTEPS:
+        t = torch.full((len(x0),), timestep)
+        xt = paths.noised(x0, t, noise)
+        said, _ = paths.estimates(xt, t, pipeline.unet(xt, t, context))
+        alpha, beta = (rate.squeeze() for rate in rates_at(paths.schedule, t[:1], x0))
+        least = torch.stack([best(x, alpha, beta, *one) for x, one in zip(xt, known, strict=True)])
+        found.append((float((said - x0).square().mean()), float((least - x0).square().mean())))
     return found
 
 
@@ -69,7 +71,7 @@ def errors(pipeline: Pipeline, scenes: EmojiScenes, specs: list[SceneSpec]) -> l
 def main() -> None:
     """Print the table: rows are looks, columns are timesteps."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="folder of a v model, with its vocabulary.json")
+    parser.add_argument("model", type=Path, help="folder of a model that was trained here, with its vocabulary.json")
     parser.add_argument("-n", type=int, default=48, help="captions of each look")
     args = parser.parse_args()
     scenes, pipeline = scenes_of(str(args.model), None), Pipeline.from_pretrained(str(args.model), dtype="float32")

@@ -21,13 +21,14 @@ def gaps() -> dict:
 
 @pytest.mark.parametrize("alpha", [0.0, 0.2, 0.9])
 def test_the_best_answer_for_two_scenes_is_the_closed_form(gaps, alpha: float) -> None:
-    """Of +-m with chances p and 1 - p it is m tanh(sqrt(alpha) <m, x> / (1 - alpha) + logit(p) / 2)."""
+    """Of +-m with chances p and 1 - p it is m tanh(alpha <m, x> / beta^2 + logit(p) / 2)."""
     dice = torch.Generator().manual_seed(3)
     m, x = (torch.randn(2, 3, 3, generator=dice).double() for _ in range(2))
-    chance, alpha_bar = torch.tensor([0.3, 0.7]).double(), torch.tensor(alpha).double()
-    found = gaps["best"](x, alpha_bar, torch.stack([m, -m]), chance)
-    bent = torch.tanh(alpha_bar.sqrt() * (m * x).sum() / (1 - alpha_bar) + 0.5 * chance.logit()[0])
-    assert torch.allclose(found, m * bent, atol=1e-12)
+    chance, signal = torch.tensor([0.3, 0.7]).double(), torch.tensor(alpha).double()
+    noise = (1 - signal.square()).sqrt()
+    found = gaps["best"](x, signal, noise, torch.stack([m, -m]), chance)
+    bent = torch.tanh(signal * (m * x).sum() / noise.square() + 0.5 * chance.logit()[0])
+    torch.testing.assert_close(found, m * bent, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.usefixtures("noto_font")
