@@ -143,7 +143,7 @@ def test_words_tell_left_from_right(monkeypatch: pytest.MonkeyPatch) -> None:
         errors.append(float(figures["foretold"]))
     assert errors[-1] < 0.5 * errors[10]
     with torch.no_grad():
-        x0 = made.latents(pictures / 127.5 - 1)
+        x0 = made.vae.encode(pictures / 127.5 - 1)
         text, nothing = made.towers.text(ids)[0], torch.ones(len(x0))
         said = [made.towers.foretold(x0, torch.randn_like(x0), nothing, text) for _ in range(16)]
     true, said = halves(x0), halves(torch.stack(said).mean(0))

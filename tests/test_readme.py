@@ -61,14 +61,14 @@ def test_the_commands_run(run, model, tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("one_thread")
 def test_the_model_in_the_box_is_fast(run, tmp_path, monkeypatch):
-    """Four steps without guidance, and a tiny decoder in a place of its own."""
+    """Six steps without guidance, and a tiny decoder in a place of its own."""
     monkeypatch.chdir(tmp_path)
     ((_, *words),) = [command for command in COMMANDS if "--fast" in command]
     done = run(*words)
     with Image.open(done.out.strip()) as image:
         assert image.size == (64, 64)
         request = json.loads(image.info["ldm"])["request"]
-    assert (request["num_inference_steps"], request["guidance_scale"]) == (4, 1.0)
+    assert (request["num_inference_steps"], request["guidance_scale"]) == (6, 1.0)
 
 
 def test_the_commands_run_with_a_model_of_ones_own(tmp_path, monkeypatch):

@@ -117,15 +117,11 @@ class Contrastive(nn.Module):
         self.towers, self.config = Towers(config, vae.config), config
         self.vae = vae
 
-    @torch.no_grad()
-    def latents(self, signal: Tensor) -> Tensor:
-        """Scaled means of pictures [B, 3, S, S] in [-1, 1], as [B, C, H, W]."""
-        return self.vae.posterior(signal)[0] * self.vae.config.scaling_factor
-
     def forward(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         images, ids = batch
         signal, numbers = to_signal(images), generator(self.config.loop.seed, step)
-        x0 = self.latents(signal)
+        with torch.no_grad():
+            x0 = self.vae.encode(signal)
         noise = torch.randn(x0.shape, generator=numbers).to(x0.device)
         share = LEAST_NOISE + (1 - LEAST_NOISE) * torch.rand(len(x0), generator=numbers).to(x0.device)
         pictures, texts, error = self.towers(signal, ids, x0, noise, share)
@@ -166,7 +162,8 @@ def clip(config: ClipConfig) -> Stage:
     objective.vae.to(device_of(config.loop.device, config.loop.threads))
     images, ids = CaptionedBatches(EmojiScenes(config.corpus, HELD_OUT_SEED), tokenizer, HELD_OUT_SCENES)[0]
 
-    x0 = objective.latents(to_signal(images.to(next(objective.vae.parameters()).device))).cpu()
+    with torch.no_grad():
+        x0 = vae.encode(to_signal(images.to(next(vae.parameters()).device))).cpu()
     noise = torch.randn(x0.shape, generator=generator(HELD_OUT_SEED, 0))
     share = torch.linspace(LEAST_NOISE, 1, HELD_OUT_SCENES)
 
