@@ -115,13 +115,12 @@ class Contrastive(nn.Module):
     def __init__(self, config: ClipConfig, vae: AutoencoderKL) -> None:
         super().__init__()
         self.towers, self.config = Towers(config, vae.config), config
-        self.vae = vae
+        self.vae = vae.requires_grad_(False)
 
     def forward(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         images, ids = batch
         signal, numbers = to_signal(images), generator(self.config.loop.seed, step)
-        with torch.no_grad():
-            x0 = self.vae.encode(signal)
+        x0 = self.vae.encode(signal)
         noise = torch.randn(x0.shape, generator=numbers).to(x0.device)
         share = LEAST_NOISE + (1 - LEAST_NOISE) * torch.rand(len(x0), generator=numbers).to(x0.device)
         pictures, texts, error = self.towers(signal, ids, x0, noise, share)
@@ -162,8 +161,7 @@ def clip(config: ClipConfig) -> Stage:
     objective.vae.to(device_of(config.loop.device, config.loop.threads))
     images, ids = CaptionedBatches(EmojiScenes(config.corpus, HELD_OUT_SEED), tokenizer, HELD_OUT_SCENES)[0]
 
-    with torch.no_grad():
-        x0 = vae.encode(to_signal(images.to(next(vae.parameters()).device))).cpu()
+    x0 = vae.encode(to_signal(images.to(next(vae.parameters()).device))).cpu()
     noise = torch.randn(x0.shape, generator=generator(HELD_OUT_SEED, 0))
     share = torch.linspace(LEAST_NOISE, 1, HELD_OUT_SCENES)
 
