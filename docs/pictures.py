@@ -36,7 +36,7 @@ SHOWN = ("ddpm", "ddim", "euler_a", "heun", "plms", "dpm++sde", "dpm++2m", "dpm+
 EDITING = Path(__file__).with_name("editing.md")
 EDITS: dict[str, dict[str, str]] = {  # sheet -> files that the page about editing writes -> what stands under each
     "edit-image": {
-        "taco.png": "the picture", "a-little.png": "a banana, strength 0.4", "much.png": "a banana, strength 0.8",
+        "taco.png": "the picture", "a-little.png": "a banana, strength 0.1", "much.png": "a banana, strength 0.8",
         "green.png": "on green, strength 0.6",
     },
     "edit-inpaint": {"taco.png": "the picture", "pizza.png": "a pizza in the box", "feathered.png": "its edge faded"},
@@ -48,7 +48,7 @@ EDITS: dict[str, dict[str, str]] = {  # sheet -> files that the page about editi
         "half.png": "a mask of 0 and 1",
     },
     "edit-only": {"sheet.png": "the picture", "lost.png": "drawn as a whole", "found.png": "drawn alone"},
-    "edit-resample": {"violin.png": "the picture", "once.png": "walked once", "five-times.png": "five times"},
+    "edit-resample": {"giraffe.png": "the picture", "once.png": "walked once", "five-times.png": "five times"},
     "edit-extend": {"taco.png": "the picture", "beside.png": "a hard edge", "blended.png": "grown and faded"},
     "edit-seamless": {
         "tile-four.png": "seamless", "decoded-apart-four.png": "decoded without", "no-tile-four.png": "without",

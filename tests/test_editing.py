@@ -177,8 +177,8 @@ def test_strength_is_continuous_and_ends_at_the_words_alone_and_at_the_round_tri
     target = round_trip(pipeline, picture)
     away = [float((drawn(s) - target).abs().mean()) for s in (0.0, 0.001, 0.02, 0.2, 0.6)]
     assert away == sorted(away) and away[0] < 1e-4 and away[-1] > 0.05
-    assert not torch.equal(drawn(0.834), drawn(0.836))
-    assert float((drawn(0.834) - drawn(0.836)).abs().mean()) < 0.1 * away[-1]
+    far, near = (float((drawn(0.834) - drawn(0.834 + more)).abs().mean()) for more in (0.002, 0.0002))
+    assert 0 < near < 0.3 * far and near < 0.1 * away[-1]
     assert torch.equal(drawn(1.0), pipeline(OTHER, seed=2, num_inference_steps=4, output_type="pt").images * 2 - 1)
 
 

@@ -29,8 +29,9 @@ from ldm.evaluation.quality import Report, evaluate, judge_pictures
 from ldm.evaluation.reconstruction import first_stage_kept, first_stage_psnr, held_out_scenes, psnr, ssim
 from ldm.models.classifier import SceneClassifier, SceneClassifierConfig
 from ldm.pipeline import Pipeline
+from ldm.sources import model_in_the_box
 from ldm.training.classifier import ClassifierConfig, LabelledBatches, classifier, labels, loss_of, right
-from ldm.training.config import LoopConfig, read_config
+from ldm.training.config import LoopConfig, checked, read_config
 from ldm.training.first_stage import save_model
 from ldm.training.loop import run_stage
 
@@ -193,7 +194,8 @@ def test_diffusers_passes_over_the_classifier(network, tmp_path):
 
 def test_the_shipped_recipe_is_read():
     config = read_config("configs/cpu/classifier.yaml", ClassifierConfig)
-    assert config.corpus == CorpusConfig() and config.features == 128
+    known = checked(read_json(model_in_the_box() / "vocabulary.json")["corpus"], CorpusConfig, "the corpus")
+    assert config.corpus == known and config.features == 128
 
 
 # -- pictures ---------------------------------------------------------------------------------------------------------
